@@ -1,0 +1,46 @@
+# One obvious way to do each thing; every target installs what it needs first.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test unit lint lock bench-demo bench-speed bench-gpu clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/qresafe demo
+
+test: install lint
+	$(BIN)/pytest
+
+unit: install
+	$(BIN)/pytest -m "not ray and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: install
+	$(BIN)/pip install --quiet --requirement requirements.in
+	( echo "# The whole resolved set, exactly pinned: make lock renews it from requirements.in."; \
+	  $(BIN)/pip freeze --exclude-editable | sed -E 's/^torch( @|==).*/torch==2.13.0/' ) > requirements.lock
+
+bench-demo: install
+	$(BIN)/python -m bench.demo
+
+bench-speed: install
+	$(BIN)/python -m bench.speed
+
+bench-gpu: install
+	$(BIN)/python -m bench.gpu
+
+clean:
+	rm -rf runs .bench .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,248 @@
+"""Where results live: <storage>/runs/<name>/<stage>/<key>/, with a manifest and a DONE mark.
+
+The key is a hash of the stage, its slice of the spec, the keys of its inputs and the stage's code
+version. A stage run again with the same inputs is a no-op; killed half-way it finds its own parts
+in the same folder and continues. `DONE` is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from upath import UPath
+
+from qresafe.errors import CorruptArtifactError, ResourceError
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
+
+
+class Manifest(BaseModel):
+    """What made an artefact: enough to explain and to repeat it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    key: str
+    code_version: int
+    spec: dict[str, Any]
+    inputs: dict[str, str]  # input name -> key of that artefact, or content hash of a user's file
+    counts: dict[str, Any] = Field(default_factory=dict)  # what the stage says of its own work
+    versions: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    git: str | None = None
+    seconds: float = 0.0
+    files: dict[str, str] = Field(default_factory=dict)  # relative path -> sha256
+
+
+class Artifact(BaseModel):
+    """A finished stage's folder and manifest."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    path: UPath
+    manifest: Manifest
+    reused: bool = False  # True: found finished, nothing was computed
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+
+class Run:
+    """One named run under a storage root.
+
+    Args:
+        storage: A local folder or any fsspec URL (s3://, gs://, memory://).
+        name: The run's name; its artefacts live under <storage>/runs/<name>.
+    """
+
+    def __init__(self, storage: str, name: str) -> None:
+        self.root = UPath(storage) / "runs" / name
+        self.name = name
+
+    def folder(self, stage: str, key: str) -> UPath:
+        return self.root / stage / key
+
+    def stage(
+        self,
+        stage: str,
+        *,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        code_version: int,
+        work: Callable[[UPath], Mapping[str, Any]],
+    ) -> Artifact:
+        """Run `work` once for these inputs, or return what an earlier run made of them.
+
+        Args:
+            stage: The stage's name ("generate", "patch", ...).
+            spec: The part of the spec that the result depends on, as JSON-able data.
+            inputs: Input name -> key (`Artifact.key`) or content hash.
+            code_version: Raised by hand when the stage's meaning changes.
+            work: Fills the folder that it is given and returns the counts for the manifest. It
+                is called again on the same folder after a kill, and must continue there.
+
+        Raises:
+            CorruptArtifactError: A finished artefact's files do not match their hashes.
+        """
+        key = stage_key(stage, spec, inputs, code_version)
+        folder = self.folder(stage, key)
+        if (folder / "DONE").exists():
+            return Artifact(path=folder, manifest=read_manifest(folder), reused=True)
+        with disk_errors(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            began = time.perf_counter()
+            counts = dict(work(folder))
+            manifest = Manifest(
+                stage=stage,
+                key=key,
+                code_version=code_version,
+                spec=dict(spec),
+                inputs=dict(inputs),
+                counts=counts,
+                versions=versions(),
+                hardware=hardware(),
+                git=git_revision(),
+                seconds=round(time.perf_counter() - began, 3),
+                files=hash_folder(folder),
+            )
+            write_text(folder / "manifest.json", manifest.model_dump_json(indent=1))
+            write_text(folder / "DONE", key)
+        return Artifact(path=folder, manifest=manifest)
+
+
+def stage_key(
+    stage: str, spec: Mapping[str, Any], inputs: Mapping[str, str], code_version: int
+) -> str:
+    """Return the 16-hex-digit name of a stage's result."""
+    return content_key([stage, spec, dict(sorted(inputs.items())), code_version])
+
+
+def content_key(data: Any) -> str:
+    """Return a 16-hex-digit hash of JSON-able data."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_manifest(folder: UPath) -> Manifest:
+    """Read and check a finished stage's manifest.
+
+    Raises:
+        CorruptArtifactError: The manifest is unreadable, or a file is missing or of another size.
+    """
+    remedy = f"delete {folder} and run again"
+    try:
+        manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    except (ValueError, FileNotFoundError) as error:
+        raise CorruptArtifactError(
+            "unreadable manifest", where=str(folder), remedy=remedy
+        ) from error
+    for name in manifest.files:
+        if not (folder / name).exists():
+            raise CorruptArtifactError(f"missing file {name}", where=str(folder), remedy=remedy)
+    return manifest
+
+
+def write_text(path: UPath | Path, text: str) -> None:
+    """Write `text` so that a reader sees all of it or nothing."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: UPath | Path, data: bytes) -> None:
+    """Write `data` so that a reader sees all of it or nothing (object stores do so by nature)."""
+    if not is_local(path):
+        path.write_bytes(data)
+        return
+    temporary = f"{path}.tmp-{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, str(path))
+
+
+def is_local(path: UPath | Path) -> bool:
+    """Return whether `path` is on a file system that the operating system mounts."""
+    return isinstance(path, Path) or getattr(path, "protocol", "") in ("", "file", "local")
+
+
+def hash_folder(folder: UPath) -> dict[str, str]:
+    """Return relative path -> sha256 of every file under `folder`, but work files and marks."""
+    skip = {"DONE", "manifest.json"}
+    root = str(folder)
+    found: dict[str, str] = {}
+    for path in sorted(folder.rglob("*"), key=str):
+        name = str(path)[len(root) :].lstrip("/")
+        if name in skip or name.startswith("work/") or ".tmp-" in name or not path.is_file():
+            continue
+        found[name] = hash_file(path)
+    return found
+
+
+def hash_file(path: UPath | Path) -> str:
+    """Return the sha256 of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(where: str) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence; what was finished stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == 28:
+            remedy = "free some space and run again: finished parts are kept"
+            raise ResourceError("the disk is full", where=where, remedy=remedy) from error
+        if error.errno in (13, 30):
+            remedy = "give a storage that you may write to"
+            raise ResourceError("cannot write", where=where, remedy=remedy) from error
+        raise
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on, without importing them."""
+    found = {"python": platform.python_version()}
+    for package in ("qresafe", *PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Return what a reader needs to judge a timing."""
+    return {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()}
+
+
+@cache
+def git_revision() -> str | None:
+    """Return the project's git revision, with `+` if the tree has changes; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

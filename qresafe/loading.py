@@ -1,0 +1,122 @@
+"""Specs from YAML files and `key=value` overrides, with errors that teach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from qresafe.errors import SpecError, nearest
+from qresafe.specs import Spec
+
+S = TypeVar("S", bound=Spec)
+
+
+def load_spec(
+    kind: type[S],
+    source: str | Path | Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> S:
+    """Build a spec from a YAML file (or mapping) and dotted `key=value` overrides.
+
+    Args:
+        kind: The spec class, e.g. `ExperimentSpec`.
+        source: A YAML file, a mapping, or None for all defaults.
+        overrides: Strings such as "patch.mask.tau=0.4"; values are YAML.
+
+    Raises:
+        SpecError: The file is missing or no mapping, or a key or value is not accepted.
+    """
+    where = str(source) if isinstance(source, str | Path) else "the spec"
+    data = _read(source)
+    for override in overrides:
+        _set(data, override)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, kind, where) from None
+
+
+def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return _deep_copy(source)
+    path = Path(source)
+    if not path.is_file():
+        raise SpecError("no such spec file", where=str(path), remedy="give the path of a YAML file")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"malformed YAML ({error})".replace("\n", " "), where=str(path)) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SpecError("the top level is not a mapping", where=str(path), remedy="use key: value")
+    return data
+
+
+def _deep_copy(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SpecError(f"--set {override!r} has no value", remedy="write --set key=value")
+    *parents, leaf = key.strip().split(".")
+    node = data
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            # A preset's name stood here ("objective: paper"): keep it, as the base to override.
+            raise SpecError(
+                f"--set {key}: {parent!r} is {child!r} and has no keys of its own",
+                remedy=f"set {'.'.join(parents)} to a mapping first",
+            )
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise SpecError(f"--set {override!r}: the value is not YAML", remedy="quote it") from None
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> SpecError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(kind, location[:-1])
+        return SpecError(f"unknown key {key!r}", where=where, remedy=nearest(location[-1], known))
+    if first["type"].startswith("union_tag"):
+        return SpecError(f"{key}.method is not a known quantizer", where=where, remedy=first["msg"])
+    value = first.get("input")
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return SpecError(f"{key or 'spec'}: {message}{shown}", where=where)
+
+
+def _keys_at(kind: type[BaseModel], path: list[str]) -> set[str]:
+    kinds: list[type[BaseModel]] = [kind]
+    for part in path:
+        tagged = [k for k in kinds if _tag(k) == part]
+        if tagged:  # pydantic puts a union's tag into the location
+            kinds = tagged
+            continue
+        fields = [k.model_fields[part] for k in kinds if part in k.model_fields]
+        kinds = [c for f in fields for c in _models_in(f.annotation)]
+    return {name for k in kinds for name in k.model_fields}
+
+
+def _tag(kind: type[BaseModel]) -> str | None:
+    field = kind.model_fields.get("method")
+    return field.default if field is not None else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]

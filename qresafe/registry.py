@@ -1,0 +1,63 @@
+"""Names to implementations, imported only when asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from qresafe.errors import SpecError, nearest
+
+
+class Registry:
+    """A closed set of names, each standing for `module:attribute`.
+
+    Args:
+        kind: What the names are, for error messages ("judge", "quantizer").
+        entries: name -> "package.module:attribute".
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+        self.kind, self._entries = kind, dict(entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._entries))
+
+    def get(self, name: str) -> Any:
+        """Import and return what `name` stands for.
+
+        Raises:
+            SpecError: `name` is not registered; the message offers the nearest names.
+        """
+        if name not in self._entries:
+            raise SpecError(f"unknown {self.kind} {name!r}", remedy=nearest(name, self._entries))
+        module, attribute = self._entries[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+quantizers = Registry(
+    "quantizer",
+    {
+        "rtn": "qresafe.quantizers.rtn:quantize",
+        "bnb": "qresafe.quantizers.bnb:quantize",
+        "llm_qat": "qresafe.quantizers.llm_qat:quantize",
+    },
+)
+
+judges = Registry(
+    "judge",
+    {
+        "keyword": "qresafe.judges.keyword:judge",
+        "refusal": "qresafe.judges.refusal:judge",
+    },
+)
+
+benchmarks = Registry(
+    "benchmark",
+    {
+        "embedded": "qresafe.benchmarks.embedded:load",
+        "advbench": "qresafe.benchmarks.advbench:load",
+        "prompts": "qresafe.benchmarks.prompts:load",
+    },
+)

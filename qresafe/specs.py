@@ -1,0 +1,249 @@
+"""The frozen spec tree: the only home of every default.
+
+YAML files and `--set patch.mask.tau=0.4` go through the same validation; an unknown key names its
+nearest neighbours. The resolved spec is written into every stage's manifest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class Spec(BaseModel):
+    """Immutable, and closed: a key that is not declared is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Spec):
+    """A full-precision chat model W."""
+
+    path: str = "embedded"  # "embedded", a local folder, or a Hugging Face hub id
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    trust_remote_code: bool = False
+
+
+class PromptSetSpec(Spec):
+    """Prompts of one benchmark and axis."""
+
+    benchmark: str = "embedded"
+    axis: Literal["harmful", "benign", "borderline"] = "harmful"
+    split: str = "test"
+    path: str | None = None  # local file, `datasets` folder or hub id, where the benchmark needs it
+    column: str | None = None  # the prompt column of `prompts`
+    target_column: str | None = None
+    limit: AtLeastOne | None = None
+
+
+class GenerateSpec(Spec):
+    """How completions are generated; greedy when `temperature` is 0."""
+
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    max_new_tokens: AtLeastOne = 64
+    batch_size: AtLeastOne = 64
+    temperature: Weight = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = 0  # 0: no limit
+    samples: AtLeastOne = 1  # completions per prompt; more than one needs a temperature
+    seed: int = 0
+    system_prompt: str | None = None
+    endpoint: str | None = None  # base URL of an OpenAI-compatible server, for engine `openai`
+    endpoint_model: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GenerateSpec:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples > 1 needs temperature > 0 (greedy samples are all equal)")
+        if self.engine == "openai" and not self.endpoint:
+            raise ValueError("engine 'openai' needs an endpoint, e.g. http://127.0.0.1:8000/v1")
+        return self
+
+
+class CalibrationSpec(Spec):
+    """Chats that a fine-tuning quantizer sees: the paper's risk levels."""
+
+    risk: Literal["I", "II", "III"] = "III"  # I benign, II obedient-agent dialogues, III + harmful
+    benign: Count = 90
+    harmful: Count = 10  # only at risk III
+    path: str | None = None  # a JSONL of {"messages": [...]} instead of the embedded templates
+
+    @model_validator(mode="before")
+    @classmethod
+    def _benign_by_risk(cls, data: Any) -> Any:
+        # Risk I is the paper's "fine-tuning on ordinary chats": hundreds of them, none harmful.
+        if isinstance(data, dict) and data.get("risk") == "I":
+            return {"benign": 500, "harmful": 0} | data
+        return data
+
+
+class RtnSpec(Spec):
+    """Round to nearest: no data, no training."""
+
+    method: Literal["rtn"] = "rtn"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Annotated[int, Field(ge=-1)] = 64  # -1: one group per output channel
+    symmetric: bool = False
+    skip: tuple[str, ...] = ("lm_head",)
+
+
+class BnbSpec(Spec):
+    """bitsandbytes: NF4, FP4 or LLM.int8()."""
+
+    method: Literal["bnb"] = "bnb"
+    format: Literal["nf4", "fp4", "int8"] = "nf4"
+    double_quant: bool = False
+    skip: tuple[str, ...] = ("lm_head",)
+
+
+class LlmQatSpec(Spec):
+    """Quantization-aware fine-tuning with a straight-through estimator (LLM-QAT)."""
+
+    method: Literal["llm_qat"] = "llm_qat"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Annotated[int, Field(ge=-1)] = 64
+    symmetric: bool = False
+    skip: tuple[str, ...] = ("lm_head",)
+    activation_bits: Literal[4, 8, 16] = 16  # 16: activations are left alone
+    kv_bits: Literal[4, 8, 16] = 16
+    loss: Literal["cross_entropy", "self_distill"] = "cross_entropy"
+    calibration: CalibrationSpec = CalibrationSpec()
+    steps: AtLeastOne = 40
+    batch_size: AtLeastOne = 32
+    lr: Positive = 2e-4
+    weight_decay: Weight = 0.0
+    # Adam's 1e-8 lets a self-distillation control drift on float noise (DESIGN section 8, point 8).
+    adam_eps: Positive = 1e-8
+    seed: int = 0
+
+
+QuantizeSpec = Annotated[RtnSpec | BnbSpec | LlmQatSpec, Field(discriminator="method")]
+
+
+class PairsSpec(Spec):
+    """The calibration pool: how many prompts of each kind W and Q0 answer."""
+
+    harmful: Count = 300
+    benign: Count = 120
+    borderline: Count = 300
+    recombined: Count = 400
+    max_preferences: AtLeastOne = 100  # at most so many DPO pairs (W refuses, Q0 complies)
+    keep: Literal["flips", "different"] = "flips"
+    judge: str = "keyword"  # decides what a flip is
+    teacher_tokens: Count = 8  # store W's distribution on the first n tokens of its answer
+    teacher_top_k: AtLeastOne = 64  # entries kept per token; the rest is one lumped bucket
+    max_new_tokens: AtLeastOne = 64
+    path: str | None = None  # a prompt file with columns prompt, axis instead of the embedded pool
+    seed: int = 0
+
+
+class MaskSpec(Spec):
+    """Which weights the patch may move (paper Eq. 3 and Algorithm 1)."""
+
+    tau: Fraction = 0.6
+    on: Literal["weight", "factors"] = "weight"
+    scope: Literal["global", "layer"] = "global"
+    score: Literal["snip", "random", "magnitude"] = "snip"
+    loss: Literal["nll", "dpo"] = "nll"  # L of Eq. 3: -log p(y_w|x), or the DPO loss
+    remask_every: Count = 35  # K of Algorithm 1; 0: mask once
+    samples: AtLeastOne = 64
+
+
+OBJECTIVE_PRESETS: dict[str, dict[str, float]] = {
+    "default": {"dpo": 0.0, "nll": 0.0, "kl": 1.0, "anchor": 0.0},
+    "paper": {"dpo": 1.0, "nll": 0.0, "kl": 0.0, "anchor": 0.0, "beta": 0.01},
+}
+
+
+class ObjectiveSpec(Spec):
+    """Weights of the named loss terms; a preset's name stands for its weights."""
+
+    dpo: Weight = 0.0
+    nll: Weight = 0.0
+    kl: Weight = 1.0
+    anchor: Weight = 0.0
+    beta: Positive = 0.5
+    kl_tokens: AtLeastOne = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            if data not in OBJECTIVE_PRESETS:
+                raise ValueError(
+                    f"no objective preset {data!r}; use one of {list(OBJECTIVE_PRESETS)}"
+                )
+            return dict(OBJECTIVE_PRESETS[data])
+        return data
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> ObjectiveSpec:
+        if not (self.dpo or self.nll or self.kl or self.anchor):
+            raise ValueError("every objective weight is 0; give dpo, nll, kl or anchor a weight")
+        return self
+
+
+class PatchSpec(Spec):
+    """The safety patch: masked LoRA on Q0's grid."""
+
+    objective: ObjectiveSpec = ObjectiveSpec()
+    mask: MaskSpec = MaskSpec()
+    through_grid: bool = True  # straight-through rounding in the forward pass
+    rank: AtLeastOne = 8
+    alpha: Positive = 16.0
+    lr: Positive = 5e-4
+    weight_decay: Weight = 0.0
+    warmup_steps: Count = 5
+    max_grad_norm: Positive = 1.0
+    steps: AtLeastOne | None = 70  # None: `epochs` passes over the pairs
+    epochs: Positive = 1.0
+    batch_size: AtLeastOne = 56  # rows per optimizer step, over all workers
+    micro_batch_size: AtLeastOne = 56  # rows per forward pass and worker
+    checkpoint_every: AtLeastOne = 20
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    seed: int = 0
+
+
+class EvaluateSpec(Spec):
+    """What W, the control, Q0 and Q are measured on."""
+
+    prompts: tuple[PromptSetSpec, ...] = (
+        PromptSetSpec(axis="harmful"),
+        PromptSetSpec(axis="benign"),
+        PromptSetSpec(axis="borderline"),
+    )
+    judges: tuple[str, ...] = ("keyword", "refusal")
+    generate: GenerateSpec = GenerateSpec()
+    adapter: bool = True  # also measure the unrounded adapter
+
+
+class ResourcesSpec(Spec):
+    """Where stages run; `workers: 0` runs everything in this process, without Ray."""
+
+    workers: Count = 1  # training workers, and the most generation actors at a time
+    gpus_per_worker: Weight = 0.0
+    cpus_per_worker: Positive = 1.0
+    address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, else a local one
+    wait_seconds: AtLeastOne = 300  # how long to wait for resources before giving up in words
+
+
+class ExperimentSpec(Spec):
+    """A whole experiment: W -> Q0 -> pairs -> patch -> export -> compare."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "demo"
+    storage: str = "."  # local folder or fsspec URL; runs live under <storage>/runs/<name>
+    model: ModelSpec = ModelSpec()
+    quantize: QuantizeSpec = LlmQatSpec()
+    control: bool = True  # the same fine-tuning in full precision, where the method fine-tunes
+    pairs: PairsSpec = PairsSpec()
+    patch: PatchSpec = PatchSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    resources: ResourcesSpec = ResourcesSpec()
