@@ -247,3 +247,11 @@ class ExperimentSpec(Spec):
     patch: PatchSpec = PatchSpec()
     evaluate: EvaluateSpec = EvaluateSpec()
     resources: ResourcesSpec = ResourcesSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_method(cls, data: Any) -> Any:
+        # `--set quantize.bits=2` alone keeps the default method.
+        if isinstance(data, dict) and isinstance(data.get("quantize"), dict):
+            return data | {"quantize": {"method": LlmQatSpec().method} | data["quantize"]}
+        return data
