@@ -27,6 +27,7 @@ PROMPT = pa.schema(
         pa.field("target", pa.string()),  # reference answer, where the benchmark has one
         pa.field("category", pa.string()),
         pa.field("lang", pa.string()),
+        pa.field("benchmark", pa.string()),  # where the prompt comes from; results are split by it
     ]
 )
 
