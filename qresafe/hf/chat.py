@@ -1,0 +1,93 @@
+"""Chats to token ids, always by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from qresafe.errors import DataError, ModelError
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+
+_PROBE = "qresafe-probe"  # survives any template's stripping, and occurs in none
+
+
+def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
+    """Return the ids of a one-turn chat, up to where the assistant's answer begins.
+
+    Args:
+        tokenizer: From `qresafe.hf.models.load_tokenizer`.
+        prompt: The user's message.
+        system: A system message, or None for the template's own default.
+
+    Raises:
+        ModelError: `system` is given but the template refuses or ignores it.
+    """
+    messages = [{"role": "system", "content": system}] if system else []
+    return render_ids(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+def answer_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of an assistant's answer, ending in the template's end-of-turn token."""
+    return [*tokenizer.encode(text, add_special_tokens=False), end_id(tokenizer)]
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Return (context ids, ids of the last assistant message with its end token).
+
+    Raises:
+        DataError: The chat does not end in an assistant message that follows another message.
+    """
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        remedy = "end every chat in an assistant message"
+        raise DataError("a chat has no final assistant message", remedy=remedy)
+    context = render_ids(tokenizer, list(messages[:-1]))
+    return context, answer_ids(tokenizer, messages[-1]["content"])
+
+
+def render_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Return the ids of a chat with the opening of the assistant's next turn.
+
+    Raises:
+        ModelError: The template refuses the chat, or drops a system message silently.
+    """
+    text = _render(tokenizer, messages, opening=True)
+    for message in messages:
+        if message["role"] == "system" and message["content"].strip() not in text:
+            raise _no_system(tokenizer)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@functools.lru_cache(maxsize=16)
+def end_id(tokenizer: Any) -> int:
+    """Return the token that the template puts after an assistant's turn (else the end token).
+
+    Gemma and others end a turn by another token than `eos_token`.
+    """
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBE}]
+    rest = _render(tokenizer, chat, opening=False).rpartition(_PROBE)[2]
+    added = tokenizer.added_tokens_decoder.items()
+    special = set(tokenizer.all_special_ids) | {token for token, entry in added if entry.special}
+    ids: list[int] = tokenizer.encode(rest, add_special_tokens=False)
+    return next((token for token in ids if token in special), int(tokenizer.eos_token_id))
+
+
+def _render(tokenizer: Any, messages: list[Message], *, opening: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+        )
+    except jinja2.TemplateError as error:
+        if any(message["role"] == "system" for message in messages):
+            raise _no_system(tokenizer) from None
+        what = f"the chat template fails ({error})"
+        raise ModelError(what, where=str(tokenizer.name_or_path)) from None
+
+
+def _no_system(tokenizer: Any) -> ModelError:
+    remedy = "leave the system prompt empty, or put it into the prompts"
+    what = "the model's chat template takes no system prompt"
+    return ModelError(what, where=str(tokenizer.name_or_path), remedy=remedy)

@@ -1,0 +1,291 @@
+"""Models and tokenizers by name: found, checked and loaded as a user would deploy them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from qresafe.artifacts import hash_file
+from qresafe.errors import CorruptArtifactError, ModelError
+from qresafe.specs import ModelSpec
+from qresafe.storage import local_folder
+
+# Never *.bin or *.pt: those are pickles, and unpickling runs code.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model that is present on this machine.
+
+    Attributes:
+        path: Folder with config, tokenizer and safetensors.
+        name: What the user called it: "embedded", a folder, or a hub id.
+        revision: The hub commit, for hub models; it makes `on_this_machine` repeatable.
+        dtype: "auto" or a torch dtype's name.
+        trust_remote_code: Whether the user allowed the model's own Python code to run.
+    """
+
+    path: str
+    name: str
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def on_this_machine(self) -> ModelRef:
+        """Return a reference that is valid here; a worker on another host downloads its own."""
+        if Path(self.path).is_dir():
+            return self
+        spec = ModelSpec.model_validate(
+            {
+                "path": self.name,
+                "revision": self.revision,
+                "dtype": self.dtype,
+                "trust_remote_code": self.trust_remote_code,
+            }
+        )
+        return resolve(spec)
+
+
+def resolve(spec: ModelSpec) -> ModelRef:
+    """Find the model that a spec names and check its files, without loading weights.
+
+    Raises:
+        ModelError: Neither a folder nor reachable on the hub, or no usable safetensors.
+        CorruptArtifactError: A weight file is truncated.
+    """
+    folder, revision = _folder(spec)
+    check_folder(folder)
+    return ModelRef(str(folder), spec.path, revision, spec.dtype, spec.trust_remote_code)
+
+
+def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
+    if spec.path == "embedded":
+        from qresafe.embedded.build import embedded_model_path
+
+        return Path(embedded_model_path()), None
+    if "://" in spec.path:
+        return local_folder(spec.path), None
+    path = Path(spec.path).expanduser()
+    if path.is_dir():
+        return path.resolve(), None
+    if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.exists():
+        remedy = "give an existing folder with config.json and *.safetensors, or a hub id"
+        raise ModelError(f"no model folder {spec.path!r}", where="model.path", remedy=remedy)
+    snapshot = _snapshot(spec.path, spec.revision)
+    return snapshot, snapshot.name  # the hub cache names snapshots by commit
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"the Hugging Face hub ({name})"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+    except errors.GatedRepoError:
+        remedy = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN"
+        raise ModelError("the model is gated", where=where, remedy=remedy) from None
+    except errors.RevisionNotFoundError:
+        remedy = "leave model.revision empty for the newest"
+        raise ModelError(f"no revision {revision!r}", where=where, remedy=remedy) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        remedy = "check the spelling; a private or gated model also needs HF_TOKEN"
+        raise ModelError(f"no model {name!r}", where=where, remedy=remedy) from None
+    except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError):
+        remedy = "connect, or copy the model here and give its folder as model.path"
+        raise ModelError(
+            "cannot reach the hub, and no copy is cached", where=where, remedy=remedy
+        ) from None
+
+
+def check_folder(folder: str | Path) -> None:
+    """Check config and weight files in milliseconds: presence, pickles, truncation.
+
+    Raises:
+        ModelError: config.json is missing or malformed, or there are no safetensors.
+        CorruptArtifactError: A shard is missing or shorter than its header says.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if "model_type" not in config:
+        remedy = "give a transformers causal language model"
+        raise ModelError("config.json names no model_type", where=str(folder), remedy=remedy)
+    for shard in weight_files(folder):
+        _check_shard(shard)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Return a model folder's config.json.
+
+    Raises:
+        ModelError: It is missing or no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        remedy = "give a folder that holds a saved transformers model"
+        raise ModelError("no config.json", where=str(folder), remedy=remedy) from None
+    except ValueError as error:
+        raise ModelError(f"malformed config.json ({error})", where=str(folder)) from None
+    if not isinstance(config, dict):
+        raise ModelError("config.json is no JSON object", where=str(folder))
+    return config
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Return a model's safetensors files, in name order.
+
+    Raises:
+        ModelError: There are none (pickled weights are refused by name), or one is missing.
+    """
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise ModelError("malformed model.safetensors.index.json", where=str(folder)) from None
+        # A shard's name comes from a file: it must not lead out of the folder.
+        shards = [folder / Path(str(name)).name for name in names]
+    else:
+        shards = sorted(folder.glob("*.safetensors"))
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CorruptArtifactError(
+            f"missing weight file {missing[0]}", where=str(folder), remedy="copy the model again"
+        )
+    if not shards:
+        raise _no_weights(folder)
+    return shards
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+    if pickled:
+        remedy = "convert them with save_pretrained(..., safe_serialization=True)"
+        what = "the weights are pickle files, which can run code when loaded"
+        return ModelError(what, where=str(folder), remedy=remedy)
+    remedy = "give a folder with *.safetensors"
+    return ModelError("no weights", where=str(folder), remedy=remedy)
+
+
+def _check_shard(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        remedy = "copy or download the model again"
+        raise CorruptArtifactError(
+            f"damaged weight file ({error})", where=str(path), remedy=remedy
+        ) from None
+
+
+def load_model(
+    path: str | Path | UPath,
+    *,
+    dtype: Any = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
+
+    Quantized checkpoints run through their own libraries. On CPUs with AVX512-BF16, bitsandbytes
+    repacks 4-bit weights at the first forward pass, after which its modules must be neither
+    dequantized nor saved: `qresafe.hf.checkpoint` reads codes from the files for that reason.
+
+    Args:
+        path: Model folder; a remote one is downloaded once.
+        dtype: "auto" (what the checkpoint says), a torch dtype or its name.
+        device: A torch device, e.g. "cpu" or "cuda:0".
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ModelError: transformers cannot load it.
+        CorruptArtifactError: A weight file is damaged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = local_folder(path)
+    check_folder(folder)
+    placed = {} if device == "cpu" else {"device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            local_files_only=True,
+            **placed,
+        )
+    except (ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise _load_failure(error, folder) from error
+    return model.eval()
+
+
+def _load_failure(error: Exception, folder: Path) -> ModelError:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        remedy = "read that code, then set model.trust_remote_code: true"
+        return ModelError("the model needs its own Python code", where=str(folder), remedy=remedy)
+    return ModelError(f"transformers cannot load the model ({text[:300]})", where=str(folder))
+
+
+def load_tokenizer(path: str | Path | UPath, *, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer that can render chats and pad.
+
+    Raises:
+        ModelError: There is no tokenizer, no chat template, or no end token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_folder(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # tokenizers raises bare Exception on malformed files
+        text = " ".join(str(error).split())[:200]
+        remedy = "copy the tokenizer's files beside config.json"
+        raise ModelError(
+            f"no usable tokenizer ({text})", where=str(folder), remedy=remedy
+        ) from None
+    if not tokenizer.chat_template:
+        remedy = "use the chat variant of the model, or add chat_template.jinja to the folder"
+        raise ModelError("the tokenizer has no chat template", where=str(folder), remedy=remedy)
+    if tokenizer.eos_token is None:
+        remedy = "set eos_token in tokenizer_config.json"
+        raise ModelError("the tokenizer has no end token", where=str(folder), remedy=remedy)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def fingerprint(path: str | Path | UPath) -> str:
+    """Return a 16-hex-digit hash of all that decides a model's answers: weights, config, tokenizer.
+
+    File hashes are remembered within the process by path, size and time of change.
+    """
+    folder = local_folder(path)
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in CONTENT and file.is_file():
+            state = os.stat(file)
+            digest.update(file.name.encode() + b"\0")
+            digest.update(_file_hash(str(file), state.st_size, state.st_mtime_ns).encode())
+    return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_hash(path: str, size: int, changed: int) -> str:
+    return hash_file(Path(path))

@@ -1,0 +1,77 @@
+"""Folders that may live on remote storage, for libraries that know only local ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from upath import UPath
+
+from qresafe.artifacts import is_local
+
+
+def local_folder(folder: str | Path | UPath) -> Path:
+    """Return a local folder with the content of `folder`, downloading it once if it is remote.
+
+    Args:
+        folder: A local path or any fsspec URL of a *finished* folder: a remote one is kept under
+            the cache by its URL and never looked at again.
+    """
+    source = UPath(folder)
+    if is_local(source):
+        return Path(str(source))
+    target = _cache() / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            copy_tree(source, UPath(scratch) / "folder")
+            _move(Path(scratch) / "folder", target)
+    return target
+
+
+@contextmanager
+def built_locally(target: Path | UPath) -> Iterator[Path]:
+    """Give a local folder to build in; its content is `target`'s once the block ends well.
+
+    What an earlier, killed attempt left in `target` is removed first: builders start anew.
+    """
+    target = UPath(target)
+    if is_local(target):
+        local = Path(str(target))
+        shutil.rmtree(local, ignore_errors=True)
+        local.mkdir(parents=True)
+        yield local
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
+        copy_tree(UPath(scratch), target)
+
+
+def copy_tree(source: UPath, target: UPath) -> None:
+    """Copy every file under `source` to the same place under `target`, in pieces of 4 MiB."""
+    root = str(source)
+    for path in sorted(source.rglob("*"), key=str):
+        if not path.is_file():
+            continue
+        copy = target / str(path)[len(root) :].lstrip("/")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as reader, copy.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 22)
+
+
+def _cache() -> Path:
+    home = os.environ.get("QRESAFE_CACHE") or "~/.cache/qresafe"
+    return Path(home).expanduser() / "folders"
+
+
+def _move(built: Path, target: Path) -> None:
+    try:
+        built.rename(target)
+    except OSError:
+        if not target.exists():  # else another process on this machine was faster
+            raise

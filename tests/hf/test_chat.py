@@ -1,0 +1,61 @@
+"""Chats to ids by the template; the expected ids are spelled out byte by byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qresafe.errors import DataError, ModelError
+from qresafe.hf import chat
+from qresafe.hf.models import load_tokenizer
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> Any:
+    return load_tokenizer(tiny_llama)
+
+
+def test_prompt_and_answer_ids(tokenizer: Any) -> None:
+    letter = {c: tokenizer.convert_tokens_to_ids(c) for c in "hioky"}
+    # <s>=1 </s>=2 <|user|>=4 <|assistant|>=5, as conftest numbers them
+    assert chat.prompt_ids(tokenizer, "hi") == [1, 4, letter["h"], letter["i"], 2, 5]
+    assert chat.answer_ids(tokenizer, "ok") == [letter["o"], letter["k"], 2]
+    with_system = chat.prompt_ids(tokenizer, "hi", system="y")
+    assert with_system == [1, 3, letter["y"], 2, 4, letter["h"], letter["i"], 2, 5]
+
+
+def test_context_and_answer_make_the_whole_chat(tokenizer: Any) -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "more"},
+        {"role": "assistant", "content": "no"},
+    ]
+    context, answer = chat.chat_ids(tokenizer, messages)
+    whole = tokenizer.apply_chat_template(messages, return_dict=False)
+    assert context + answer == whole
+
+
+def test_the_end_of_turn_is_the_templates_own(tokenizer: Any) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<|system|>\n")
+    assert chat.end_id(tokenizer) == 3
+
+
+def test_a_chat_without_an_answer_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="no final assistant message"):
+        chat.chat_ids(tokenizer, [{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("how", ["raises", "drops"])
+def test_a_template_without_system_prompts_is_named(tokenizer: Any, how: str) -> None:
+    refuse = "{{ raise_exception('System role not supported') }}" if how == "raises" else ""
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        + refuse
+        + "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ModelError, match="takes no system prompt"):
+        chat.prompt_ids(tokenizer, "hi", system="be kind")
+    assert chat.prompt_ids(tokenizer, "hi")
