@@ -1,0 +1,65 @@
+"""The model that a process loaded last, so that its next stage need not load it again."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from qresafe.hf.models import ModelRef, fingerprint, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A model as a stage's input: where it is, and what identifies its content.
+
+    Attributes:
+        ref: Where to find it, on any machine of the cluster.
+        key: A content hash: `fingerprint` of a folder, or the key of the artefact that holds it.
+    """
+
+    ref: ModelRef
+    key: str
+
+    @classmethod
+    def of(cls, ref: ModelRef) -> ModelInput:
+        """Return the input for a resolved model, keyed by its files' content."""
+        return cls(ref, fingerprint(ref.path))
+
+    @classmethod
+    def in_folder(cls, path: object, key: str, dtype: str = "auto") -> ModelInput:
+        """Return the input for a checkpoint inside an artefact with this key."""
+        return cls(ModelRef(str(path), str(path), dtype=dtype), key)
+
+
+class Shelf:
+    """Room for one loaded model; the old one leaves before the new one is loaded."""
+
+    def __init__(self) -> None:
+        self._held: tuple[ModelInput, str] | None = None
+        self._loaded: tuple[Any, Any] = (None, None)
+
+    def load(self, wanted: ModelInput, device: str) -> tuple[Any, Any]:
+        """Return (model, tokenizer); callers must not change the model."""
+        if self._held != (wanted, device):
+            self.clear()
+            ref = wanted.ref.on_this_machine()
+            trust = ref.trust_remote_code
+            model = load_model(ref.path, dtype=ref.dtype, device=device, trust_remote_code=trust)
+            self._loaded = model, load_tokenizer(ref.path, trust_remote_code=trust)
+            self._held = wanted, device
+        return self._loaded
+
+    def clear(self) -> None:
+        """Give the held model's memory back."""
+        import torch
+
+        self._held, self._loaded = None, (None, None)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+@functools.cache
+def shelf() -> Shelf:
+    """Return this process's shelf."""
+    return Shelf()

@@ -1,0 +1,207 @@
+"""Completions of a table of prompts by one model: planned, computed in batches, put in order."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from upath import UPath
+
+from qresafe.artifacts import Artifact, Run, content_key
+from qresafe.errors import CorruptArtifactError, DataError
+from qresafe.hf.batching import length_plan
+from qresafe.hf.chat import prompt_ids
+from qresafe.hf.models import load_tokenizer
+from qresafe.hf.warm import ModelInput
+from qresafe.progress import Progress
+from qresafe.records import COMPLETION, PROMPT, require_columns
+from qresafe.specs import GenerateSpec
+from qresafe.stages.engines import TransformersJob
+from qresafe.stages.runtime import Batch, BatchJob, Row, Runtime, Spent, read_parts, write_table
+
+CODE_VERSION = 1
+FILE = "completions.parquet"
+
+
+def generate(
+    run: Run,
+    *,
+    label: str,
+    model: ModelInput,
+    prompts: pa.Table,
+    spec: GenerateSpec,
+    runtime: Runtime,
+    progress: Progress,
+) -> Artifact:
+    """Complete every prompt `spec.samples` times.
+
+    Args:
+        run: Where the result goes.
+        label: What the model is called in the display ("W", "Q0", ...); not part of the key.
+        model: The model; with engine `openai` only its key is used.
+        prompts: A table with the columns of `records.PROMPT`; ids are unique.
+        spec: How to generate.
+        runtime: Where to compute.
+        progress: Told of every finished batch.
+
+    Returns:
+        The artefact with completions.parquet (`records.COMPLETION`), in the order of `prompts`
+        and, within a prompt, of samples. `target_logp` stands in sample 0's row.
+
+    Raises:
+        DataError: Empty table, empty prompt, repeated id, or a prompt that exceeds the context.
+        ModelError: No chat template, or the template takes no system prompt.
+    """
+    prompts = check_prompts(prompts)
+
+    def work(folder: UPath) -> Mapping[str, Any]:
+        planned = plan(model, prompts, spec)
+        parts = folder / "work" / "parts"
+        progress.start(f"generate {label}", planned.rows, "completions")
+        spent = runtime.map_batches(planned.job, planned.batches, parts, progress)
+        table = assemble(prompts, read_parts(parts, len(planned.batches)), spec.samples)
+        write_table(folder / FILE, table)
+        counts = summary(table, spent)
+        progress.finish(f"{counts['new_tokens']} tokens, {counts['errors']} errors")
+        return counts
+
+    made = run.stage(
+        "generate",
+        spec=spec.model_dump() | {"dtype": model.ref.dtype},
+        inputs={"model": model.key, "prompts": content_key(prompts.to_pylist())},
+        code_version=CODE_VERSION,
+        work=work,
+    )
+    if made.reused:
+        progress.start(f"generate {label}")
+        progress.finish(reused=True)
+    return made
+
+
+def check_prompts(prompts: pa.Table) -> pa.Table:
+    """Return the table with exactly the columns of `records.PROMPT`.
+
+    Raises:
+        DataError: A column is missing, there is no row, an empty prompt or a repeated id.
+    """
+    table = require_columns(prompts, PROMPT, "the prompts")
+    if table.num_rows == 0:
+        raise DataError("there are no prompts", remedy="give at least one")
+    repeated, times = collections.Counter(table["prompt_id"].to_pylist()).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"prompt_id {repeated!r} occurs {times} times", remedy="make ids unique")
+    for row in table.select(["prompt_id", "prompt"]).to_pylist():
+        if not row["prompt"].strip():
+            raise DataError("empty prompt", where=f"prompt {row['prompt_id']!r}", remedy="drop it")
+    return table
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The work of one call: a job and its batches."""
+
+    job: BatchJob
+    batches: list[Batch]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(batch.rows) for batch in self.batches)
+
+
+def plan(model: ModelInput, prompts: pa.Table, spec: GenerateSpec) -> Planned:
+    """Tokenize, check lengths, and group rows of similar length, the longest first.
+
+    The plan depends on nothing but its arguments, so a resumed run finds its parts again.
+    """
+    tokenized = tokenize(model, prompts.to_pylist(), spec)
+    requests = [
+        row | {"sample": sample, "target_ids": row["target_ids"] if sample == 0 else []}
+        for row in tokenized
+        for sample in range(spec.samples)
+    ]
+    groups = length_plan([len(row["prompt_ids"]) for row in requests], spec.batch_size)
+    # The longest first: memory is short at once or never, and the last batches are short ones.
+    batches = [
+        Batch(index, [requests[row] for row in group])
+        for index, group in enumerate(reversed(groups))
+    ]
+    return Planned(TransformersJob(model, spec), batches)
+
+
+def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> list[Row]:
+    """Return request rows with prompt_ids and target_ids.
+
+    Raises:
+        DataError: A prompt with its answer or target is longer than the model's context.
+        ModelError: The tokenizer has no chat template, or it takes no system prompt.
+    """
+    ref = model.ref
+    tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
+    context = context_length(ref.path, ref.trust_remote_code)
+    rows = []
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, prompt["prompt"], spec.system_prompt)
+        target = tokenizer.encode(prompt["target"] or "", add_special_tokens=False)
+        room = max(spec.max_new_tokens, len(target))
+        if context is not None and len(ids) + room > context:
+            what = f"the prompt's {len(ids)} tokens and {room} of its answer exceed the context"
+            remedy = "shorten the prompt or lower generate.max_new_tokens"
+            where = f"prompt {prompt['prompt_id']!r} (context: {context} tokens)"
+            raise DataError(what, where=where, remedy=remedy)
+        rows.append({"prompt_id": prompt["prompt_id"], "prompt_ids": ids, "target_ids": target})
+    return rows
+
+
+def context_length(path: str, trust_remote_code: bool = False) -> int | None:
+    """Return how many positions a model was made for; None if its config does not say."""
+    from transformers import AutoConfig
+
+    from qresafe.storage import local_folder
+
+    folder = local_folder(path)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def assemble(prompts: pa.Table, answers: pa.Table, samples: int) -> pa.Table:
+    """Join answers to their prompts, in the prompts' order.
+
+    Raises:
+        CorruptArtifactError: There is not exactly one answer per prompt and sample.
+    """
+    found = {(row["prompt_id"], row["sample"]): row for row in answers.to_pylist()}
+    expected = prompts.num_rows * samples
+    if len(found) != expected or answers.num_rows != expected:
+        what = f"{answers.num_rows} answers ({len(found)} distinct) instead of {expected}"
+        raise CorruptArtifactError(what, where="generate", remedy="delete its folder and run again")
+    rows = [
+        prompt | found[prompt["prompt_id"], sample]
+        for prompt in prompts.to_pylist()
+        for sample in range(samples)
+    ]
+    return pa.Table.from_pylist(rows, schema=COMPLETION)
+
+
+def summary(completions: pa.Table, spent: Spent) -> dict[str, Any]:
+    """Return the manifest's counts: rows, errors by kind, tokens, and where the time went."""
+    kinds = collections.Counter(
+        error.split(":")[0] for error in completions["error"].to_pylist() if error
+    )
+    tokens = pc.sum(completions["new_tokens"]).as_py()
+    speed = tokens / spent.compute_seconds if spent.compute_seconds and not spent.reused else None
+    return {
+        "rows": completions.num_rows,
+        "errors": sum(kinds.values()),
+        "errors_by_kind": dict(sorted(kinds.items())),
+        "prompt_tokens": pc.sum(completions["prompt_tokens"]).as_py(),
+        "new_tokens": tokens,
+        "tokens_per_second": speed and round(speed, 1),  # None for a run that was continued
+        "startup_seconds": spent.startup_seconds,
+        "compute_seconds": spent.compute_seconds,
+        "reused_parts": spent.reused,
+    }

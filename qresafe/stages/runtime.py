@@ -1,0 +1,209 @@
+"""How a stage spreads its work, without knowing over what: this process, or a Ray cluster.
+
+A stage plans its batches ahead. Whoever computes a batch writes its result as one Parquet part,
+atomically; a part that is there is never computed again. So every batch counts exactly once, and
+a run that was killed at any moment continues where it was, whatever it runs on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from qresafe.artifacts import write_bytes
+from qresafe.progress import Progress
+
+Row = dict[str, Any]
+BatchFunction = Callable[[list[Row]], pa.Table]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are computed together; the same rows in every run of the same stage."""
+
+    index: int
+    rows: list[Row]
+
+
+class BatchJob(Protocol):
+    """Work on batches; it is pickled to the workers, so it holds names and specs, not models."""
+
+    def setup(self, device: str) -> BatchFunction:
+        """Load what is needed on `device` ("cpu", "cuda"); return what maps rows to a table."""
+
+
+class TrainJob(Protocol):
+    """Training; how it runs on a cluster is known to `qresafe.dist.train`."""
+
+    def run_local(self, folder: UPath, progress: Progress) -> None:
+        """Train in this process, continuing from what `folder` holds."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Where one call's wall-clock time went.
+
+    Attributes:
+        startup_seconds: Until the first batch began: processes, imports, loading the model.
+        compute_seconds: From then on; 0 if every part was there.
+        reused: Parts that an earlier run had left.
+    """
+
+    startup_seconds: float
+    compute_seconds: float
+    reused: int
+
+
+class Runtime(Protocol):
+    """Runs the two kinds of work that stages have."""
+
+    def map_batches(
+        self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
+    ) -> Spent:
+        """Make `part_path(parts, batch.index)` of every batch; parts that are whole stay.
+
+        Calls `progress.advance` by rows; starting and finishing it is up to the stage.
+        """
+
+    def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
+        """Run `job` to its end, continuing from what `folder` holds."""
+
+
+class InProcessRuntime:
+    """Runs everything in this process (`workers: 0`).
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: CPU threads for batches. The last bits of a matrix product depend on their
+            number, so that equal results need equal counts; None leaves torch's own.
+    """
+
+    def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
+        self.device, self.threads = device, threads
+
+    def map_batches(
+        self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
+    ) -> Spent:
+        tally = Tally(progress)
+        todo = tally.skip_finished(batches, parts)
+        if todo:
+            with cpu_threads(self.threads):
+                function = job.setup(self.device)
+                for batch in todo:
+                    tally.add(compute_part(function, batch, parts))
+        return tally.spent()
+
+    def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
+        job.run_local(folder, progress)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a finished part tells its driver; small, so that results travel by the store."""
+
+    index: int
+    rows: int
+    new_tokens: int
+    began: float  # Unix time
+
+    def row(self) -> Row:
+        return dict(vars(self))
+
+
+def compute_part(function: BatchFunction, batch: Batch, parts: UPath) -> Made:
+    """Compute one batch and write its part."""
+    began = time.time()
+    table = function(batch.rows)
+    write_table(part_path(parts, batch.index), table)
+    tokens = sum(table["new_tokens"].to_pylist()) if "new_tokens" in table.column_names else 0
+    return Made(batch.index, len(batch.rows), tokens, began)
+
+
+class Tally:
+    """Counts finished parts for the progress display and keeps the time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._started = progress, time.time()
+        self._first = float("inf")
+        self._tokens = self._reused = 0
+
+    def skip_finished(self, batches: Sequence[Batch], parts: UPath) -> list[Batch]:
+        """Return the batches whose part is missing or damaged."""
+        parts.mkdir(parents=True, exist_ok=True)
+        present = {path.name for path in parts.iterdir()}
+        done = {
+            batch.index
+            for batch in batches
+            if part_path(parts, batch.index).name in present
+            and is_whole(part_path(parts, batch.index))
+        }
+        self._reused = len(done)
+        rows = sum(len(batch.rows) for batch in batches if batch.index in done)
+        if rows:
+            self._progress.advance(rows, "found finished")
+        return [batch for batch in batches if batch.index not in done]
+
+    def add(self, made: Made) -> None:
+        """Take note of a new part."""
+        self._first = min(self._first, made.began)
+        self._tokens += made.new_tokens
+        seconds = max(time.time() - self._first, 1e-3)
+        note = f"{self._tokens / seconds:.0f} tok/s" if self._tokens else ""
+        self._progress.advance(made.rows, note)
+
+    def spent(self) -> Spent:
+        now = time.time()
+        first = min(max(self._first, self._started), now)  # clocks of other hosts may differ
+        return Spent(round(first - self._started, 3), round(now - first, 3), self._reused)
+
+
+def part_path(parts: UPath, index: int) -> UPath:
+    """Return where the result of batch `index` lies."""
+    return parts / f"part-{index:05d}.parquet"
+
+
+def read_parts(parts: UPath, count: int) -> pa.Table:
+    """Return the results of batches 0 to `count` - 1, joined."""
+    return pa.concat_tables([read_table(part_path(parts, index)) for index in range(count)])
+
+
+def write_table(path: UPath, table: pa.Table) -> None:
+    """Write a Parquet file that a reader sees whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_bytes(path, sink.getvalue().to_pybytes())
+
+
+def read_table(path: UPath) -> pa.Table:
+    """Read a Parquet file from any storage."""
+    return pq.read_table(pa.BufferReader(path.read_bytes()))
+
+
+def is_whole(path: UPath) -> bool:
+    """Return whether a part is complete: its end, where Parquet keeps its index, is readable."""
+    try:
+        with path.open("rb") as file:
+            pq.read_metadata(file)
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` CPU threads for a while; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
