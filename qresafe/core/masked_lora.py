@@ -1,0 +1,310 @@
+"""The patched layer: Q = snap(Q0 + M * (B A) alpha/rank), paper Eq. 2.
+
+Paper notation: A in R^(in x r) and B in R^(r x out); here, as in PEFT, A is (rank, in) and
+B is (out, rank), so that the change of a weight (out, in) is B A.
+
+Two kinds of mask (DESIGN section 4, point 1):
+- "weight": M is (out, in), exactly Eq. 2; a weight outside M does not move at all.
+- "factors": a mask over A's input columns and one over B's output rows (Algorithm 1's M_A, M_B);
+  an entry of a factor outside its mask does not move. The forward pass stays plain LoRA.
+
+Neither writes into a parameter or the optimizer's state, so what they promise holds by
+construction for every optimizer, with momentum and weight decay, and under ZeRO-1/2/3.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qresafe.core.blocks import keyed_generator, row_blocks
+from qresafe.core.grids import QuantizedTensor
+from qresafe.errors import ModelError, nearest
+
+Masks = tuple[Tensor, ...]  # (M,) of "weight"; (M_A over inputs, M_B over outputs) of "factors"
+
+
+class MaskedLoraLinear(nn.Module, ABC):
+    """A frozen quantized linear layer with a trainable, masked low-rank change.
+
+    Args:
+        quantized: Q0's grid and codes, (out, in).
+        rank: r of the factors.
+        alpha: The change is scaled by alpha / rank.
+        through_grid: Round in the forward pass, with a straight-through gradient.
+        seed: Of A's start values, together with `name`; B starts at 0, so Q starts at Q0.
+        name: The layer's name in the model.
+        bias: Of the linear layer that this replaces.
+        dtype: Of the de-quantized weight and of the layer's output.
+    """
+
+    weight: Tensor
+    codes0: Tensor
+
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        *,
+        rank: int,
+        alpha: float,
+        through_grid: bool,
+        seed: int = 0,
+        name: str = "",
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dense = quantized.dense()
+        device = dense.device
+        self.out_features, self.in_features = self.shape = quantized.grid.shape
+        self.rank, self.scaling, self.through_grid = rank, alpha / rank, through_grid
+        self.grid = quantized.grid
+        self.register_buffer("codes0", quantized.codes.to(torch.int8))
+        self.weight = nn.Parameter(dense.to(dtype), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        start = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
+        self.A = nn.Parameter((start / math.sqrt(self.in_features)).to(device))
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+
+    @property
+    @abstractmethod
+    def masks(self) -> Masks:
+        """The bool masks: (M,) or (M_A, M_B)."""
+
+    @abstractmethod
+    def set_masks(self, masks: Masks) -> None:
+        """Start to use new masks of the same shapes; what may move changes from here on."""
+
+    @abstractmethod
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """The factors (rank, in), (out, rank) as they act."""
+
+    @property
+    @abstractmethod
+    def _weight_mask(self) -> Tensor | None:
+        """The mask (out, in) of the product, if there is one."""
+
+    def effective_weight(self) -> Tensor:
+        """Return Q (through the grid) or Q0 + delta (out, in), differentiable in A and B."""
+        formed: Tensor = _FormedWeight.apply(*self._factors(), self)
+        return formed
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """Return the unrounded change M * (B A) alpha/rank, (out, in), float32."""
+        A, B = self._factors()
+        return _masked_product(A, B, self._weight_mask, self.scaling)
+
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """Return the int8 codes of snap(Q0 + delta), (out, in): what the export writes."""
+        return self.grid.move(self.codes0, self.delta())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.linear(inputs, self.effective_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedLoraLinear:
+        # The grid is no buffer, because `model.bfloat16()` must not round its scales.
+        super()._apply(fn, recurse)
+        self.grid = self.grid.to(device=self.codes0.device)
+        return self
+
+
+class WeightMaskedLinear(MaskedLoraLinear):
+    """`mask.on: weight`: Q = snap(Q0 + M * (B A)); the change outside M is exactly 0."""
+
+    mask: Tensor
+
+    def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
+        super().__init__(quantized, **options)
+        self.register_buffer("mask", torch.ones_like(self.codes0, dtype=torch.bool))
+
+    @property
+    def masks(self) -> Masks:
+        return (self.mask,)
+
+    def set_masks(self, masks: Masks) -> None:
+        (mask,) = masks
+        self.mask.copy_(mask)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.B
+
+    @property
+    def _weight_mask(self) -> Tensor | None:
+        return self.mask
+
+
+class FactorMaskedLinear(MaskedLoraLinear):
+    """`mask.on: factors`: columns of A and rows of B outside the masks stay as they were.
+
+    The optimizer moves A freely; what acts is `anchor + (A - ref)` inside the mask and `anchor`
+    outside. Re-masking sets anchor to what acts now and ref to A, so that nothing jumps there.
+    """
+
+    mask_in: Tensor
+    mask_out: Tensor
+    A_anchor: Tensor
+    A_ref: Tensor
+    B_anchor: Tensor
+    B_ref: Tensor
+
+    def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
+        super().__init__(quantized, **options)
+        device = self.codes0.device
+        for name, size in (("mask_in", self.in_features), ("mask_out", self.out_features)):
+            self.register_buffer(name, torch.ones(size, dtype=torch.bool, device=device))
+        for name, factor in (("A", self.A), ("B", self.B)):
+            self.register_buffer(f"{name}_anchor", factor.detach().clone())
+            self.register_buffer(f"{name}_ref", factor.detach().clone())
+
+    @property
+    def masks(self) -> Masks:
+        return (self.mask_in, self.mask_out)
+
+    @torch.no_grad()
+    def set_masks(self, masks: Masks) -> None:
+        A, B = self._factors()
+        self.A_anchor.copy_(A)
+        self.B_anchor.copy_(B)
+        self.A_ref.copy_(self.A)
+        self.B_ref.copy_(self.B)
+        for mine, mask in zip(self.masks, masks, strict=True):
+            mine.copy_(mask)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        inside_A = self.A_anchor + (self.A - self.A_ref)
+        inside_B = self.B_anchor + (self.B - self.B_ref)
+        return (
+            torch.where(self.mask_in, inside_A, self.A_anchor),
+            torch.where(self.mask_out[:, None], inside_B, self.B_anchor),
+        )
+
+    @property
+    def _weight_mask(self) -> Tensor | None:
+        return None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.through_grid:
+            return super().forward(inputs)
+        A, B = self._factors()
+        low_rank = F.linear(inputs.to(A.dtype), A)
+        change = F.linear(low_rank, B * self.scaling)
+        return F.linear(inputs, self.weight, self.bias) + change.to(inputs.dtype)
+
+
+KINDS: dict[str, type[MaskedLoraLinear]] = {
+    "weight": WeightMaskedLinear,
+    "factors": FactorMaskedLinear,
+}
+
+
+def attach(
+    model: nn.Module,
+    quantized: Mapping[str, QuantizedTensor],
+    *,
+    rank: int,
+    alpha: float,
+    on: Literal["weight", "factors"],
+    through_grid: bool,
+    seed: int,
+) -> dict[str, MaskedLoraLinear]:
+    """Replace the named linear layers by patched ones, and freeze everything but A and B.
+
+    Args:
+        model: Q0 with de-quantized weights in plain `nn.Linear` modules; changed in place.
+        quantized: Module name -> its grid and codes.
+        rank: r of the factors.
+        alpha: The change is scaled by alpha / rank.
+        on: What the mask is over.
+        through_grid: Train with rounding in the forward pass.
+        seed: Of A's start values; they depend on it and on the layer's name alone.
+
+    Returns:
+        Module name -> its patched layer, in the order of `quantized`.
+
+    Raises:
+        ModelError: A name is not a linear layer of the model, or has another shape.
+    """
+    modules = dict(model.named_modules())
+    for name, tensor in quantized.items():
+        _check(name, tensor, modules)
+    model.requires_grad_(False)
+    layers: dict[str, MaskedLoraLinear] = {}
+    for name, tensor in quantized.items():
+        linear = modules[name]
+        layers[name] = KINDS[on](
+            tensor,
+            rank=rank,
+            alpha=alpha,
+            through_grid=through_grid,
+            seed=seed,
+            name=name,
+            bias=linear.bias,
+            dtype=linear.weight.dtype,
+        ).to(linear.weight.device)
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, layers[name])
+    return layers
+
+
+def _check(name: str, tensor: QuantizedTensor, modules: Mapping[str, nn.Module]) -> None:
+    linear = modules.get(name)
+    if not isinstance(linear, nn.Linear):
+        known = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+        raise ModelError(
+            f"no linear layer {name!r}", where="the model", remedy=nearest(name, known)
+        )
+    if tuple(linear.weight.shape) != tuple(tensor.codes.shape):
+        shapes = f"{tuple(tensor.codes.shape)} codes for a {tuple(linear.weight.shape)} weight"
+        remedy = "use the quantized checkpoint of this very model"
+        raise ModelError(shapes, where=f"layer {name!r}", remedy=remedy)
+
+
+def _masked_product(A: Tensor, B: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Return mask * (B A) scaling in at least float32, (out, in)."""
+    change = (B * scaling) @ A
+    change = change.to(torch.promote_types(change.dtype, torch.float32))
+    return change if mask is None else change.mul_(mask)
+
+
+class _FormedWeight(torch.autograd.Function):
+    """Q0 + M * (B A) scaling, rounded or not, formed in cache-sized blocks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, layer: MaskedLoraLinear) -> Tensor:
+        mask = layer._weight_mask
+        ctx.save_for_backward(A, B, mask)
+        ctx.scaling = layer.scaling
+        formed = torch.empty_like(layer.weight)
+        grid = layer.grid
+        for rows in row_blocks(*layer.shape, formed.device, grid.row_step):
+            part = None if mask is None else mask[rows]
+            change = _masked_product(A, B[rows], part, layer.scaling)
+            if layer.through_grid:
+                grid.rows(rows).snap_moved_(layer.codes0[rows], change)
+            else:
+                change.add_(layer.weight[rows])
+            formed[rows] = change
+        return formed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        A, B, mask = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
+        for rows in row_blocks(B.shape[0], A.shape[1], gradient.device):
+            part = gradient[rows].to(A.dtype)
+            part = part if mask is None else part * mask[rows]
+            grad_B[rows] = part @ A.T
+            grad_A.addmm_(B[rows].T, part)
+        return grad_A.mul_(ctx.scaling), grad_B.mul_(ctx.scaling), None

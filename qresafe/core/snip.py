@@ -1,0 +1,168 @@
+"""SNIP scores of quantized weights, paper Eq. 3: I(W_ij, x) = |W_ij * dL(x)/dQ_ij|.
+
+The absolute value is taken sample by sample, then averaged over D_calib, so a batch gradient will
+not do. Yet one backward pass per batch suffices: a linear layer's weight gradient is the sum over
+samples b of delta_b^T x_b, with x its input and delta the gradient of its output. Hooks catch
+both, form each sample's product in blocks of rows that stay in cache, and add up its absolute
+values. |W_ij| does not depend on the sample and is multiplied in at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qresafe.core.blocks import row_blocks
+from qresafe.errors import ModelError, ResourceError
+
+
+class SnipScorer:
+    """Adds up |delta_b^T x_b| of linear layers over the backward passes within a `with` block.
+
+    The caller's loss must be a SUM over samples (a mean would scale them by the batch size), with
+    samples along the first dimension of the layers' inputs. Layers may be `nn.Linear` or have an
+    `effective_weight()`, and each is called once per forward pass. Their parameters need no
+    gradient inside the block, so no gradient buffer is made.
+
+    Memory: one block of a layer's gradient; the sums live in unlinked temporary files that the
+    kernel writes back as it likes, unless all of them are smaller than `keep_bytes`.
+
+    Args:
+        layers: Name -> layer.
+        folder: Of the temporary files; None: the system's.
+        keep_bytes: Up to this size all sums together stay in memory, on the layer's device.
+
+    Raises:
+        ResourceError: The folder has too little space for one float32 per weight.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        *,
+        folder: Path | None = None,
+        keep_bytes: int = 1 << 26,
+    ) -> None:
+        self.layers = dict(layers)
+        self.samples = 0
+        spill = 4 * sum(_weight(layer).numel() for layer in self.layers.values()) > keep_bytes
+        self._sums = {
+            name: _zeros(_weight(layer), folder, spill) for name, layer in self.layers.items()
+        }
+        self._stack = ExitStack()
+
+    def __enter__(self) -> SnipScorer:
+        for name, layer in self.layers.items():
+            for parameter in layer.parameters(recurse=False):
+                self._stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+            handle = layer.register_forward_hook(self._hook(name))
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def scores(self) -> SnipScores:
+        """Return the sums over samples of |W_ij * dL(x)/dQ_ij|, to be read layer by layer."""
+        return SnipScores(self.layers, self._sums)
+
+    def _hook(self, name: str) -> Any:
+        total = self._sums[name]
+
+        def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return output
+            if not output.requires_grad:  # all before it is frozen: the graph starts here
+                output = output.detach().requires_grad_()
+            seen = inputs[0].detach()
+            output.register_hook(lambda gradient: _accumulate(total, seen, gradient))
+            return output
+
+        return after_forward
+
+
+class SnipScores(Mapping[str, Tensor]):
+    """Name -> float32 scores (out, in), made when read: one layer is in memory at a time.
+
+    Sums over samples, so workers add theirs: read, all-reduce, and assign back, layer by layer.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], sums: dict[str, Tensor]) -> None:
+        self._layers, self._sums = layers, sums
+        self._replaced: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        total = self._sums[name]
+        if name in self._replaced:
+            return total.clone()
+        with torch.no_grad():
+            weight = _weight(self._layers[name])
+            return weight.abs().to(total.dtype).mul_(total.to(weight.device))
+
+    def __setitem__(self, name: str, scores: Tensor) -> None:
+        self._sums[name].copy_(scores)
+        self._replaced.add(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+
+@torch.no_grad()
+def _accumulate(total: Tensor, inputs: Tensor, gradient: Tensor) -> None:
+    """Add the sum over samples of |gradient_b^T inputs_b| to `total` (out, in)."""
+    samples = inputs.shape[0]
+    x = inputs.reshape(samples, -1, inputs.shape[-1])
+    delta = gradient.reshape(samples, -1, gradient.shape[-1])
+    for rows in row_blocks(total.shape[0], total.shape[1], inputs.device):
+        block = torch.empty(total[rows].shape, dtype=x.dtype, device=x.device)
+        part = torch.zeros_like(block, dtype=total.dtype)
+        for sample in range(samples):
+            torch.mm(delta[sample, :, rows].T, x[sample], out=block)
+            part.add_(block.abs_())
+        total[rows] += part.to(total.device)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    effective = getattr(layer, "effective_weight", None)
+    weight = layer.weight if effective is None else effective()
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ModelError(f"{type(layer).__name__} has no matrix weight", where="SNIP scoring")
+    return weight.detach()
+
+
+def _zeros(weight: Tensor, folder: Path | None, spill: bool) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if not spill:
+        return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+    return _mapped_zeros(weight.shape, dtype, folder)
+
+
+def _mapped_zeros(shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> Tensor:
+    """Return zeros in a file that is already unlinked: nothing is left behind by a kill."""
+    count = shape.numel()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="qresafe-snip-") as file:
+        try:
+            # Reserve the space now: a full disk would be a bus error at the first write.
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+        except OSError as error:
+            remedy = "free some space, or set TMPDIR to a larger disk"
+            where = str(folder or tempfile.gettempdir())
+            raise ResourceError("no space for SNIP scores", where=where, remedy=remedy) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
