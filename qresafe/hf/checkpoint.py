@@ -1,0 +1,223 @@
+"""Quantized checkpoints as they lie on disk: codes read exactly, and rewritten in place.
+
+A patched model is a copy of Q0 in which only the bytes of code tensors differ: same format, same
+size, and loaded by the same software, by construction.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from upath import UPath
+
+from qresafe.core.grids import QuantizedTensor
+from qresafe.errors import ModelError
+from qresafe.hf.formats.base import Codec
+from qresafe.hf.models import check_folder, read_config
+from qresafe.hf.tensor_files import TensorFiles
+from qresafe.storage import local_folder
+
+SUPPORTED = (
+    "compressed-tensors integer weights (pack-quantized, int-quantized), "
+    "bitsandbytes NF4, FP4 and LLM.int8()"
+)
+
+
+class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
+    """Layer name -> grid and codes, read from the files on access.
+
+    Layer names are module names ("model.layers.0.self_attn.q_proj").
+    """
+
+    def __init__(self, folder: Path, files: TensorFiles, codec: Codec) -> None:
+        self.folder, self.files, self.codec = folder, files, codec
+        self._layers = dict.fromkeys(codec.layers)
+
+    @classmethod
+    def open(cls, path: str | Path | UPath) -> QuantizedCheckpoint:
+        """Recognise the format of a checkpoint folder and read its headers.
+
+        Raises:
+            ModelError: The model is not quantized, or in a format that is not supported.
+            CorruptArtifactError: A weight file is damaged.
+        """
+        folder = local_folder(path)
+        check_folder(folder)
+        config = read_config(folder).get("quantization_config")
+        if config is None:
+            remedy = "quantize it first: qresafe quantize"
+            raise ModelError("the model is not quantized", where=str(folder), remedy=remedy)
+        files = TensorFiles(folder)
+        codec = _codec(files, config)
+        if not codec.layers:
+            what = f"no {codec.name} layers in the weight files"
+            raise ModelError(what, where=str(folder), remedy=f"patchable are {SUPPORTED}")
+        return cls(folder, files, codec)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._layers)
+
+    def read(self, name: str) -> QuantizedTensor:
+        """Return one layer's grid and int8 codes, exactly as stored.
+
+        Raises:
+            ModelError: There is no quantized layer `name`, or its stored parts do not fit.
+        """
+        if name not in self._layers:
+            raise ModelError(f"no quantized layer {name!r}", where=str(self.folder))
+        try:
+            return self.codec.read(name)
+        except (KeyError, RuntimeError, ValueError) as error:
+            what = f"layer {name} is incomplete or malformed ({error})"
+            raise ModelError(what, where=str(self.folder)) from None
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        if name not in self._layers:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that decoded weights have: what the config says, else that of the scales."""
+        stored = read_config(self.folder)
+        name = stored.get("dtype") or stored.get("torch_dtype")
+        if isinstance(name, str) and isinstance(found := getattr(torch, name, None), torch.dtype):
+            return found
+        return self.read(self.names[0]).grid.dtype
+
+    def plain_names(self) -> list[str]:
+        """Return the stored tensors that belong to no quantized layer."""
+        taken = {part for name in self.names for part in self.codec.tensors(name)}
+        return [name for name in self.files if name not in taken]
+
+    def dense_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return all weights as floats, under the names of the full-precision model."""
+        wanted = dtype or self.dtype
+        plain = {name: self.files[name] for name in self.plain_names()}
+        state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in plain.items()}
+        for name in self.names:
+            state[f"{name}.weight"] = self.read(name).dense().to(wanted)
+        return state
+
+    def rewrite(
+        self,
+        target: str | Path,
+        codes: Mapping[str, Tensor],
+        check: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Copy the checkpoint byte for byte, but with new codes in some layers.
+
+        Layers are read, packed and written one at a time. `target` appears whole or not at all.
+
+        Args:
+            target: Local folder to make; one that exists is replaced.
+            codes: Layer name -> integer codes (out, in) within the layer's range.
+            check: Called with the finished folder before it takes its name; may raise.
+
+        Raises:
+            ModelError: An unknown layer, a wrong shape, or a code out of range.
+        """
+        target = Path(target)
+        with built_aside(target) as copy:
+            for file in sorted(self.folder.iterdir()):
+                if file.is_file() and not file.name.startswith("."):
+                    shutil.copyfile(file, copy / file.name)
+            for name in codes:
+                self._check_codes(name, codes[name])
+                tensor, packed = self.codec.pack(name, codes[name])
+                self.files.overwrite(copy, tensor, packed)
+            if check is not None:
+                check(copy)
+        return target
+
+    def _check_codes(self, name: str, codes: Tensor) -> None:
+        grid = self.read(name).grid
+        where = str(self.folder)
+        low, high = getattr(grid, "low", 0), getattr(grid, "high", 15)
+        if codes.is_floating_point() or tuple(codes.shape) != grid.shape:
+            what = f"codes of {name} are {codes.dtype} {tuple(codes.shape)}, not int {grid.shape}"
+            raise ModelError(what, where=where)
+        if int(codes.min()) < low or int(codes.max()) > high:
+            raise ModelError(f"a code of {name} is outside [{low}, {high}]", where=where)
+
+
+def _codec(files: TensorFiles, config: Any) -> Codec:
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if method == "compressed-tensors":
+        from qresafe.hf.formats.compressed_tensors import CompressedTensors
+
+        return CompressedTensors(files, config)
+    if method == "bitsandbytes":
+        from qresafe.hf.formats.bitsandbytes import FourBit, Int8
+
+        return Int8(files, config) if config.get("load_in_8bit") else FourBit(files, config)
+    what = f"the quantization method {method!r} is not supported"
+    raise ModelError(what, where=str(files.folder), remedy=f"patchable are {SUPPORTED}")
+
+
+@contextmanager
+def built_aside(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target` that takes its place when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_dense(
+    path: str | Path | UPath, dtype: torch.dtype | None = None
+) -> tuple[Any, dict[str, QuantizedTensor]]:
+    """Load a quantized checkpoint as an ordinary model with decoded float weights.
+
+    Args:
+        path: A folder that `QuantizedCheckpoint.open` recognises.
+        dtype: Of the weights; None for the checkpoint's own.
+
+    Returns:
+        The HF model with plain `nn.Linear` layers and no quantization config, in evaluation mode,
+        and every quantized layer's grid and codes by module name.
+    """
+    checkpoint = QuantizedCheckpoint.open(path)
+    wanted = dtype or checkpoint.dtype
+    model = model_from_state(checkpoint.folder, checkpoint.dense_state_dict(wanted), wanted)
+    modules = dict(model.named_modules())
+    lost = [name for name in checkpoint.names if name not in modules]
+    if lost:
+        what = f"the loaded model has no module {lost[0]}"
+        raise ModelError(what, where=str(checkpoint.folder), remedy="use a plain causal LM")
+    return model, {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def model_from_state(folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """Return the full-precision model that `folder`'s config describes, with weights `state`."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = f"{type(config).__name__} is not a causal language model"
+        raise ModelError(what, where=str(folder))
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()

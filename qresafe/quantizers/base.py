@@ -1,0 +1,90 @@
+"""What a quantizer is: a function from a full-precision model to a checkpoint on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from qresafe.errors import ModelError, SpecError
+from qresafe.hf.tensor_files import TensorFiles
+from qresafe.hf.writing import linear_layers
+from qresafe.progress import Progress
+
+CHECKPOINT, CONTROL = "checkpoint", "control"
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a quantizer made.
+
+    Attributes:
+        counts: What it says of its work, for the manifest.
+        control: The full-precision model after the same fine-tuning, if the method fine-tunes.
+    """
+
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    control: Path | None = None
+
+
+class Quantizer(Protocol):
+    """Writes `target/checkpoint` (loadable by plain transformers), perhaps `target/control`.
+
+    Called again from the start after a kill; the same arguments give the same bytes.
+    """
+
+    def __call__(
+        self,
+        model_path: str | Path,
+        target: Path,
+        spec: Any,
+        *,
+        seed: int = 0,
+        control: bool = True,
+        progress: Progress | None = None,
+    ) -> QuantizeResult: ...
+
+
+def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> list[str]:
+    """Return the linear layers to quantize, having checked that the format can hold them.
+
+    compressed-tensors stores whole groups only, so a group size must divide every row.
+
+    Args:
+        folder: The full-precision model.
+        skip: Names to leave alone: a whole module name, or its last part ("lm_head").
+        group_size: Weights per scale; -1 for one group per row.
+
+    Raises:
+        SpecError: `group_size` is 0.
+        ModelError: No layer is left, or a row is not a multiple of the group size.
+    """
+    if group_size == 0:
+        raise SpecError("group_size 0", where="quantize", remedy="use -1 or a positive size")
+    files = TensorFiles(folder)
+    names = [n for n in linear_layers(folder) if not _skipped(n, skip)]
+    missing = [name for name in names if f"{name}.weight" not in files]
+    if missing:
+        remedy = "add it to quantize.skip"
+        raise ModelError(f"no weight for layer {missing[0]}", where=str(folder), remedy=remedy)
+    if not names:
+        raise ModelError("no linear layer to quantize", where=str(folder), remedy="shorten skip")
+    columns = {name: files.shape(f"{name}.weight")[1] for name in names}
+    _check_groups(columns, group_size, str(folder))
+    return names
+
+
+def _skipped(name: str, skip: tuple[str, ...]) -> bool:
+    return any(name == entry or name.endswith(f".{entry}") for entry in skip)
+
+
+def _check_groups(columns: Mapping[str, int], group_size: int, where: str) -> None:
+    if group_size < 0:
+        return
+    for name, width in columns.items():
+        if width % group_size:
+            fits = [g for g in range(group_size, 7, -1) if not any(w % g for w in columns.values())]
+            remedy = f"set quantize.group_size to {' or '.join(map(str, [*fits[:2], -1]))}"
+            what = f"the {width} inputs of {name} are no multiple of group_size {group_size}"
+            raise ModelError(what, where=where, remedy=remedy)
