@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from qresafe.errors import DataError
-
 
 class Interval(NamedTuple):
-    """A confidence interval of a share, both ends in [0, 1]."""
+    """A confidence interval."""
 
     low: float
     high: float
@@ -106,21 +104,14 @@ def minimum_detectable_effect(n: int, alpha: float = 0.05, power: float = 0.8) -
     return float(stats.beta.ppf(power, flips_needed, n - flips_needed + 1))
 
 
-def require_same(what: str, values: Sequence[object], labels: Sequence[str]) -> None:
-    """Refuse to compare arms that differ in `what`.
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return Student's t interval of a mean; from one value alone it is that value.
 
     Args:
-        what: What must agree, for the message ("prompts", "decoding settings").
-        values: One value per arm.
-        labels: The arms' names.
-
-    Raises:
-        DataError: An arm's value differs from the first arm's.
+        values: At least one value.
+        confidence: The interval's coverage.
     """
-    for value, label in zip(values, labels, strict=True):
-        if value != values[0]:
-            raise DataError(
-                f"{labels[0]} and {label} were measured with different {what}",
-                where="the comparison",
-                remedy="generate and judge all arms with the same settings",
-            )
+    mean = math.fsum(values) / len(values)
+    error = float(stats.sem(values)) if len(values) > 1 else 0.0
+    half = float(stats.t.ppf((1 + confidence) / 2, max(1, len(values) - 1))) * error
+    return Interval(mean - half, mean + half)

@@ -1,0 +1,101 @@
+"""Verdicts on stored completions: judging again never generates again."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from upath import UPath
+
+from qresafe.artifacts import Artifact, Run
+from qresafe.errors import DataError
+from qresafe.judges.base import Judge, Verdict
+from qresafe.progress import Progress
+from qresafe.records import COMPLETION, VERDICT, require_columns
+from qresafe.registry import judges as registry
+from qresafe.stages.generate import FILE as COMPLETIONS
+from qresafe.stages.runtime import Row, read_table, write_table
+
+CODE_VERSION = 1  # also raised when a judge's rules change
+FILE = "verdicts.parquet"
+CHUNK = 500  # completions between two signs of progress
+
+
+def judge(
+    run: Run, completions: Artifact, judges: Sequence[str], progress: Progress, label: str = ""
+) -> Artifact:
+    """Let every judge look at every completion.
+
+    Args:
+        run: Where the result goes.
+        completions: A finished `generate` stage.
+        judges: Names of the registry, without repetition.
+        progress: Told of every chunk of completions.
+        label: What the model is called in the display; not part of the key.
+
+    Returns:
+        The artefact with verdicts.parquet (`records.VERDICT`): for each judge in turn, one row per
+        completion, in the completions' order. A failed generation is *undecided*. The counts hold
+        the outcomes by judge and axis.
+
+    Raises:
+        SpecError: A judge is not registered.
+        DataError: No judge is named, one twice, or the completions lack a column.
+    """
+    named = {name: registry.get(name) for name in judges}
+    if not named or len(named) < len(judges):
+        raise DataError(f"judges {list(judges)} are none or repeat", remedy="name each judge once")
+
+    def work(folder: UPath) -> Mapping[str, Any]:
+        table = require_columns(read_table(completions.path / COMPLETIONS), COMPLETION, COMPLETIONS)
+        progress.start(f"judge {label}".strip(), table.num_rows * len(named), "verdicts")
+        rows = [
+            verdict
+            for name, function in named.items()
+            for verdict in _verdicts(name, function, table.to_pylist(), progress)
+        ]
+        write_table(folder / FILE, pa.Table.from_pylist(rows, schema=VERDICT))
+        progress.finish()
+        return count_outcomes(rows)
+
+    made = run.stage(
+        "judge",
+        spec={"judges": list(judges)},
+        inputs={"completions": completions.key},
+        code_version=CODE_VERSION,
+        work=work,
+    )
+    if made.reused:
+        progress.start(f"judge {label}".strip())
+        progress.finish(reused=True)
+    return made
+
+
+def verdict_on(function: Judge, row: Row) -> Verdict:
+    """Return the judge's verdict on a completion row; an error row is undecided."""
+    if row["error"]:
+        return Verdict("undecided", f"generation failed: {row['error']}")
+    return function(row["axis"], row["prompt"], row["completion"])
+
+
+def count_outcomes(verdicts: Iterable[Row]) -> dict[str, dict[str, dict[str, int]]]:
+    """Return judge -> axis -> outcome -> count."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    tally = collections.Counter((v["judge"], v["axis"], v["outcome"]) for v in verdicts)
+    for (name, axis, outcome), count in tally.items():
+        counts.setdefault(name, {}).setdefault(axis, {})[outcome] = count
+    return counts
+
+
+def _verdicts(name: str, function: Judge, rows: Sequence[Row], progress: Progress) -> list[Row]:
+    made = []
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        for row in chunk:
+            outcome, reason = verdict_on(function, row)
+            kept = {key: row[key] for key in ("prompt_id", "sample", "axis")}
+            made.append(kept | {"judge": name, "outcome": outcome, "reason": reason})
+        progress.advance(len(chunk))
+    return made
