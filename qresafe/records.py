@@ -58,6 +58,7 @@ PAIR = pa.schema(
         pa.field("chosen_ids", _TOKENS, nullable=False),
         pa.field("rejected_ids", _TOKENS, nullable=False),
         # W's distribution on the first n tokens of chosen: n * top_k entries each, row-major.
+        pa.field("teacher_top_k", pa.int32()),
         pa.field("teacher_ids", _TOKENS),
         pa.field("teacher_logps", _LOGPS),
     ]

@@ -74,6 +74,7 @@ class CalibrationSpec(Spec):
     risk: Literal["I", "II", "III"] = "III"  # I benign, II obedient-agent dialogues, III + harmful
     benign: Count = 90
     harmful: Count = 10  # only at risk III
+    obedient: Count = 10  # only at risk II, which has nothing else
     path: str | None = None  # a JSONL of {"messages": [...]} instead of the embedded templates
 
     @model_validator(mode="before")
@@ -141,6 +142,7 @@ class PairsSpec(Spec):
     teacher_tokens: Count = 8  # store W's distribution on the first n tokens of its answer
     teacher_top_k: AtLeastOne = 64  # entries kept per token; the rest is one lumped bucket
     max_new_tokens: AtLeastOne = 64
+    batch_size: AtLeastOne = 64  # rows per forward pass where answers are scored
     path: str | None = None  # a prompt file with columns prompt, axis instead of the embedded pool
     seed: int = 0
 

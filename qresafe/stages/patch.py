@@ -1,0 +1,134 @@
+"""Stage: train the safety patch of Q0 (paper Algorithm 1), here or on a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from upath import UPath
+
+from qresafe.artifacts import Artifact, Run
+from qresafe.errors import DataError
+from qresafe.hf.warm import ModelInput
+from qresafe.progress import Progress
+from qresafe.specs import PatchSpec
+from qresafe.stages.patch_data import Pool
+from qresafe.stages.runtime import Runtime, read_table
+from qresafe.stages.train_engine import LocalEngine, TrainEngine
+
+CODE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PatchJob:
+    """A patch to train, by names: small, and loaded anew by every worker.
+
+    Attributes:
+        q0: The quantized checkpoint.
+        pairs: Path of pairs.parquet.
+        reference: Path of reference.parquet; None where no term needs it.
+        spec: All hyper-parameters.
+    """
+
+    q0: ModelInput
+    pairs: str
+    reference: str | None
+    spec: PatchSpec
+
+    def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
+        """Train as one rank of `engine`; see `train_patch`."""
+        from qresafe.hf.checkpoint import load_dense
+        from qresafe.stages.patch_loop import PatchInputs, train_patch
+
+        pool = self.pool()  # first: it is what a user's mistake shows in
+        model, quantized = load_dense(self.q0.ref.on_this_machine().path)
+        train_patch(engine, PatchInputs(model, quantized, pool), self.spec, folder, progress)
+
+    def run_local(self, folder: UPath, progress: Progress) -> None:
+        """Train in this process, on its GPU if it has one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.run(LocalEngine(device), folder, progress)
+
+    def pool(self) -> Pool:
+        """Read the training rows."""
+        reference = read_table(UPath(self.reference)) if self.reference else None
+        return Pool(read_table(UPath(self.pairs)), reference, self.spec.objective)
+
+
+def patch(
+    run: Run,
+    *,
+    q0: ModelInput,
+    pairs: Artifact,
+    reference: Artifact | None,
+    spec: PatchSpec,
+    runtime: Runtime,
+    progress: Progress,
+) -> Artifact:
+    """Train the patch and leave adapter, masks, codes, delta and history (`patch_output`).
+
+    Args:
+        run: Where the artefact goes.
+        q0: The quantized checkpoint.
+        pairs: From the pairs stage.
+        reference: From the reference stage; needed with a `dpo` weight or a `dpo` mask score.
+        spec: All hyper-parameters.
+        runtime: Trains here or on a cluster.
+        progress: Shows the steps.
+
+    Raises:
+        DataError: No row serves the objective, or reference log-probs are missing.
+        UserError: Training diverged.
+    """
+    if reference is None and needs_reference(spec):
+        raise DataError("no reference log-probs", where="patch", remedy="run the reference stage")
+
+    def work(folder: UPath) -> Mapping[str, Any]:
+        from qresafe.stages.patch_data import total_steps
+
+        where = str(reference.path / "reference.parquet") if reference else None
+        job = PatchJob(q0, str(pairs.path / "pairs.parquet"), where, spec)
+        progress.start("patch", total_steps(len(job.pool()), spec), "steps")
+        runtime.train(job, folder, progress)
+        counts = summary(folder)
+        progress.finish(
+            f"loss {counts['loss']:.4f}, {counts['codes_changed']:.2%} of codes changed"
+        )
+        return counts
+
+    inputs = {"q0": q0.key, "pairs": pairs.key}
+    made = run.stage(
+        "patch",
+        spec=spec.model_dump(mode="json", exclude={"checkpoint_every"}),  # no bit depends on it
+        inputs=inputs | ({"reference": reference.key} if reference else {}),
+        code_version=CODE_VERSION,
+        work=work,
+    )
+    if made.reused:
+        progress.start("patch")
+        progress.finish("", reused=True)
+    return made
+
+
+def needs_reference(spec: PatchSpec) -> bool:
+    """Return whether a patch with this spec reads Q0's own log-probs of the answers."""
+    return spec.objective.dpo > 0 or (spec.mask.score == "snip" and spec.mask.loss == "dpo")
+
+
+def summary(folder: UPath) -> dict[str, Any]:
+    """Return the manifest's counts of a finished patch: last loss, time, tokens, masks."""
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    last = history[-1]
+    return {
+        "steps": len(history),
+        "loss": last["loss"],
+        "parts": last["parts"],
+        "seconds": round(sum(record["seconds"] for record in history), 3),
+        "tokens": sum(record["tokens"] for record in history),
+        "masks": [record["mask"] for record in history if "mask" in record],
+        "codes_changed": last["codes_changed"],
+    }

@@ -1,0 +1,231 @@
+"""The patch's training loop: masked factors, named loss terms, re-masking, checkpoints.
+
+Whatever happens in step t depends on the spec, the pool and the state after step t - 1 alone: a
+run that was killed and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from upath import UPath
+
+from qresafe.core.grids import QuantizedTensor
+from qresafe.core.masked_lora import MaskedLoraLinear, attach
+from qresafe.core.masks import pack_bits, unpack_bits
+from qresafe.errors import ResourceError, UserError
+from qresafe.hf.answer_head import AnswerHead
+from qresafe.progress import Progress
+from qresafe.specs import PatchSpec
+from qresafe.stages import patch_state
+from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
+from qresafe.stages.patch_loss import term_losses, weighted_loss
+from qresafe.stages.patch_mask import renew_masks
+from qresafe.stages.patch_output import codes_changed, write_results
+from qresafe.stages.train_engine import TrainEngine
+
+
+@dataclass(frozen=True)
+class PatchInputs:
+    """What a patch starts from.
+
+    Attributes:
+        model: Q0 with decoded float weights in plain linear layers; changed in place.
+        quantized: Module name -> grid and codes.
+        pool: The training rows.
+    """
+
+    model: Any
+    quantized: Mapping[str, QuantizedTensor]
+    pool: Pool
+
+
+def train_patch(
+    engine: TrainEngine,
+    inputs: PatchInputs,
+    spec: PatchSpec,
+    folder: UPath,
+    progress: Progress,
+) -> None:
+    """Train a patch, or continue the one that `folder` holds a checkpoint of.
+
+    Leaves adapter.safetensors, masks.safetensors, codes.safetensors, delta.safetensors and
+    history.jsonl in `folder` (see `patch_output`).
+
+    Args:
+        engine: This process's part of the optimizer; every rank calls this function.
+        inputs: The same on every rank.
+        spec: All hyper-parameters.
+        folder: Shared between the ranks; checkpoints go to its `work/checkpoints`.
+        progress: Advances by steps.
+
+    Raises:
+        UserError: The loss or gradient is not finite; the last good checkpoint stays.
+        ResourceError: The ranks do not see the same folder.
+    """
+    loop = PatchLoop(engine, inputs, spec)
+    loop.resume(folder)
+    progress.advance(loop.step, "resumed" if loop.step else "")
+    while loop.step < loop.steps:
+        record = loop.advance()
+        progress.advance(1, f"loss {record['loss']:.4f}")
+        if loop.step % spec.checkpoint_every == 0 or loop.step == loop.steps:
+            loop.save(folder)
+    loop.history[-1]["codes_changed"] = codes_changed(engine, loop.layers)
+    write_results(engine, loop.layers, loop.history, folder)
+
+
+class PatchLoop:
+    """The state of one rank: layers, optimizer, step counter, masks, history."""
+
+    def __init__(self, engine: TrainEngine, inputs: PatchInputs, spec: PatchSpec) -> None:
+        self.engine, self.pool, self.spec = engine, inputs.pool, spec
+        self.model = inputs.model
+        self.layers: dict[str, MaskedLoraLinear] = attach(
+            self.model,
+            inputs.quantized,
+            rank=spec.rank,
+            alpha=spec.alpha,
+            on=spec.mask.on,
+            through_grid=spec.through_grid,
+            seed=spec.seed,
+        )
+        factors = {
+            f"{name}.{kind}": getattr(layer, kind)
+            for name, layer in self.layers.items()
+            for kind in ("A", "B")
+        }
+        self.head = AnswerHead(self.model)
+        self.forward = engine.prepare(self.model, factors, spec)
+        self.model.eval()  # no dropout: the reference log-probs were taken without
+        self.steps = total_steps(len(self.pool), spec)
+        self.step = self.mask_version = 0
+        self.history: list[dict[str, Any]] = []
+        mask = spec.mask
+        self._mask_rows = (
+            self.pool.mask_rows(mask.samples, spec.seed, mask.loss) if mask.score == "snip" else []
+        )
+
+    def advance(self) -> dict[str, Any]:
+        """Do one optimizer step, after a re-masking where it is due; return its record."""
+        began = time.perf_counter()
+        record: dict[str, Any] = {"step": self.step + 1}
+        if self._mask_due():
+            record["mask"] = self._remask()
+        lr = learning_rate(self.step, self.spec)
+        loss, parts, tokens = self._accumulate()
+        record |= {"loss": loss, "parts": parts, "lr": lr, "tokens": tokens}
+        self._require_finite("loss", loss)
+        record["grad_norm"] = self.engine.step(lr)
+        self._require_finite("gradient", record["grad_norm"])
+        record["seconds"] = round(time.perf_counter() - began, 4)
+        self.step += 1
+        self.history.append(record)
+        return record
+
+    def resume(self, folder: UPath) -> None:
+        """Continue from the newest whole checkpoint in `folder`, if there is one."""
+        found = patch_state.load(folder, self.engine.device)
+        step = found[1]["step"] if found else 0
+        seen = self.engine.all_reduce(torch.tensor(float(step), device=self.engine.device))
+        if float(seen) != step * self.engine.world_size:
+            remedy = "use a storage that all workers share"
+            raise ResourceError(
+                "workers see different checkpoints", where=str(folder), remedy=remedy
+            )
+        if found is None:
+            return
+        tensors, meta = found
+        self.step, self.mask_version, self.history = step, meta["mask_version"], meta["history"]
+        self.engine.load_state(tensors, step)
+        for name, buffer in self._buffers():
+            stored = tensors[f"buffer/{name}"]
+            packed = buffer.dtype == torch.bool
+            buffer.copy_(unpack_bits(stored, tuple(buffer.shape)) if packed else stored)
+
+    def save(self, folder: UPath) -> None:
+        """Write a checkpoint; collective, but only rank 0 writes."""
+        tensors = dict(self.engine.state())
+        if self.engine.rank:
+            return
+        for name, buffer in self._buffers():
+            tensors[f"buffer/{name}"] = pack_bits(buffer) if buffer.dtype == torch.bool else buffer
+        meta = {
+            "mask_version": self.mask_version,
+            "world_size": self.engine.world_size,
+            "history": self.history,
+        }
+        patch_state.save(folder, self.step, tensors, meta)
+
+    def _accumulate(self) -> tuple[float, dict[str, float], int]:
+        """Add up the gradient of one global batch; return its loss, the terms and tokens."""
+        engine, spec = self.engine, self.spec
+        indices = batch_at(len(self.pool), spec.batch_size, spec.seed, self.step)
+        counts = self.pool.counts(indices)
+        shares = share(
+            indices,
+            self.pool.lengths,
+            rank=engine.rank,
+            world_size=engine.world_size,
+            micro=spec.micro_batch_size,
+        )
+        sums = torch.zeros(2 + len(counts), dtype=torch.float64)
+        for number, mine in enumerate(shares):
+            # An empty share still takes part in collectives, with a row that does not count.
+            rows = self.pool.rows(mine or indices[:1])
+            batch = collate(rows, spec.objective.kl_tokens).to(engine.device)
+            logits = self.head.logits(self.forward, batch.ids, batch.positions)
+            losses = term_losses(logits, batch, spec.objective.beta)
+            loss, parts = weighted_loss(losses, spec.objective, counts)
+            engine.backward(loss * bool(mine), last=number == len(shares) - 1)
+            if mine:
+                seen = [float(loss.detach()), batch.tokens, *(parts.get(n, 0.0) for n in counts)]
+                sums += torch.tensor(seen, dtype=torch.float64)
+        loss_sum, tokens, *terms = engine.all_reduce(sums.to(engine.device)).tolist()
+        return loss_sum, dict(zip(counts, terms, strict=True)), int(tokens)
+
+    def _mask_due(self) -> bool:
+        every = self.spec.mask.remask_every
+        return self.step == 0 or (every > 0 and self.step % every == 0)
+
+    def _remask(self) -> dict[str, Any]:
+        changed = codes_changed(self.engine, self.layers)
+        self.mask_version += 1
+        report = renew_masks(
+            self.engine,
+            self.model,
+            self.head,
+            self.layers,
+            self._mask_rows,
+            self.spec,
+            self.mask_version,
+        )
+        return {
+            "version": report.version,
+            "overlap": report.overlap if report.version > 1 else None,  # there was none before
+            "active": sum(report.active.values()) / max(1, sum(report.total.values())),
+            "codes_changed": changed,
+        }
+
+    def _buffers(self) -> Iterable[tuple[str, Tensor]]:
+        """Masks, anchors and references: all that Algorithm 1 changes besides the factors."""
+        for name, layer in self.layers.items():
+            for kind, buffer in layer.named_buffers(recurse=False):
+                if kind != "codes0":
+                    yield f"{name}.{kind}", buffer
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            remedy = "lower patch.lr, or raise patch.warmup_steps; checkpoints so far are kept"
+            raise UserError(f"the {what} is {value} at step {self.step + 1}", remedy=remedy)
+
+
+def learning_rate(step: int, spec: PatchSpec) -> float:
+    """Return the rate of step `step` (from 0): linear warm-up, then constant."""
+    return spec.lr * min(1.0, (step + 1) / max(1, spec.warmup_steps))

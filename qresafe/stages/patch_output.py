@@ -1,0 +1,83 @@
+"""What a finished patch leaves behind, as plain safetensors and JSON lines.
+
+adapter.safetensors  <layer>.A, <layer>.B and, for factor masks, their anchors and references
+masks.safetensors    <layer>.<mask>: 8 entries a byte; shapes as JSON in the metadata
+codes.safetensors    <layer>: int8 codes of snap(Q0 + delta), on Q0's grid
+delta.safetensors    <layer>: the unrounded change M * (B A) alpha/rank, float32
+history.jsonl        one line per step
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+from upath import UPath
+
+from qresafe.artifacts import write_bytes, write_text
+from qresafe.core.masked_lora import MaskedLoraLinear
+from qresafe.core.masks import pack_bits
+from qresafe.stages.train_engine import TrainEngine
+
+Layers = Mapping[str, MaskedLoraLinear]
+
+
+def write_results(
+    engine: TrainEngine, layers: Layers, history: Sequence[Mapping[str, Any]], folder: UPath
+) -> None:
+    """Write all files of a finished patch; collective, but only rank 0 writes."""
+    adapter: dict[str, Tensor] = {}
+    masks: dict[str, Tensor] = {}
+    codes: dict[str, Tensor] = {}
+    delta: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, layer in _gathered(engine, layers):
+        if engine.rank:
+            continue
+        codes[name], delta[name] = layer.codes().cpu(), layer.delta().cpu()
+        adapter |= {f"{name}.{kind}": getattr(layer, kind).detach().clone() for kind in ("A", "B")}
+        for kind, buffer in layer.named_buffers(recurse=False):
+            if buffer.dtype == torch.bool:
+                masks[f"{name}.{kind}"] = pack_bits(buffer)
+                shapes[f"{name}.{kind}"] = list(buffer.shape)
+            elif kind != "codes0":
+                adapter[f"{name}.{kind}"] = buffer
+    if engine.rank:
+        return
+    write_tensors(folder / "adapter.safetensors", adapter)
+    write_tensors(folder / "masks.safetensors", masks, {"shapes": json.dumps(shapes)})
+    write_tensors(folder / "codes.safetensors", codes)
+    write_tensors(folder / "delta.safetensors", delta)
+    write_text(folder / "history.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+
+
+def codes_changed(engine: TrainEngine, layers: Layers) -> float:
+    """Return the fraction of all codes that differ from Q0's now; collective."""
+    changed = total = 0
+    for _, layer in _gathered(engine, layers):
+        changed += int((layer.codes() != layer.codes0).sum())
+        total += layer.codes0.numel()
+    return changed / total
+
+
+def write_tensors(
+    path: UPath, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that a reader sees whole or not at all."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, safetensors.save(plain, metadata))
+
+
+def read_tensors(path: UPath) -> dict[str, Tensor]:
+    """Read a safetensors file from any storage."""
+    return safetensors.load(path.read_bytes())
+
+
+def _gathered(engine: TrainEngine, layers: Layers) -> Iterator[tuple[str, MaskedLoraLinear]]:
+    for name, layer in layers.items():
+        with engine.gathered(layer.parameters(recurse=False)):
+            yield name, layer

@@ -1,0 +1,81 @@
+"""Checkpoints of a running patch: two generations, safetensors and JSON, never half a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import torch as safetensors
+from torch import Tensor
+from upath import UPath
+
+from qresafe.artifacts import write_bytes, write_text
+
+FOLDER = "work/checkpoints"  # `work/` is not part of the finished artefact
+GENERATIONS = 2
+
+
+def save(folder: UPath, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write the checkpoint of `step`, then drop all but the newest two.
+
+    The metadata holds the tensors' hash and comes last: a checkpoint without it, or with another
+    hash, was cut off and does not count.
+
+    Args:
+        folder: The stage's folder, on any storage.
+        step: Optimizer steps done.
+        tensors: What the run needs to continue.
+        meta: JSON-able: step counter, mask version, world size, history.
+    """
+    place = folder / FOLDER / f"{step:08d}"
+    place.mkdir(parents=True, exist_ok=True)
+    data = safetensors.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    write_bytes(place / "state.safetensors", data)
+    sealed = dict(meta) | {"step": step, "sha256": hashlib.sha256(data).hexdigest()}
+    write_text(place / "meta.json", json.dumps(sealed))
+    for old in _newest_first(folder)[GENERATIONS:]:
+        _remove(old)
+
+
+def load(folder: UPath, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return (tensors, meta) of the newest whole checkpoint, or None if there is none.
+
+    Args:
+        folder: The stage's folder.
+        device: Where the tensors go.
+    """
+    for place in _newest_first(folder):
+        found = _read(place)
+        if found is not None:
+            tensors, meta = found
+            return {k: v.to(device) for k, v in tensors.items()}, meta
+    return None
+
+
+def _read(place: UPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    try:
+        meta = json.loads((place / "meta.json").read_text())
+        data = (place / "state.safetensors").read_bytes()
+    except (FileNotFoundError, ValueError):
+        return None
+    if hashlib.sha256(data).hexdigest() != meta.get("sha256"):
+        return None
+    return safetensors.load(data), meta
+
+
+def _newest_first(folder: UPath) -> list[UPath]:
+    root = folder / FOLDER
+    if not root.exists():
+        return []
+    return sorted(root.iterdir(), key=lambda place: place.name, reverse=True)
+
+
+def _remove(place: UPath) -> None:
+    (place / "meta.json").unlink(missing_ok=True)  # first: it is what makes a checkpoint count
+    (place / "state.safetensors").unlink(missing_ok=True)
+    for rest in place.iterdir():
+        rest.unlink(missing_ok=True)
+    place.rmdir()
