@@ -28,7 +28,8 @@ class UserError(Exception):
     def _sentence(self) -> str:
         place = f" in {self.where}" if self.where else ""
         advice = f": {self.remedy}" if self.remedy else ""
-        return f"{self.what}{place}{advice}".rstrip(".") + "."
+        sentence = f"{self.what}{place}{advice}".rstrip(".")
+        return sentence if sentence.endswith("?") else f"{sentence}."
 
 
 class SpecError(UserError):

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qresafe.errors import SpecError, nearest
+from qresafe.registry import quantizers
 from qresafe.specs import Spec
 
 S = TypeVar("S", bound=Spec)
@@ -31,13 +32,13 @@ def load_spec(
         SpecError: The file is missing or no mapping, or a key or value is not accepted.
     """
     where = str(source) if isinstance(source, str | Path) else "the spec"
-    data = _read(source)
+    data, overrides = _read(source), list(overrides)
     for override in overrides:
         _set(data, override)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, kind, where) from None
+        raise _explain(error, kind, where, overrides) from None
 
 
 def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -84,15 +85,22 @@ def _set(data: dict[str, Any], override: str) -> None:
         raise SpecError(f"--set {override!r}: the value is not YAML", remedy="quote it") from None
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], where: str) -> SpecError:
+def _explain(
+    error: ValidationError, kind: type[BaseModel], where: str, overrides: Iterable[str]
+) -> SpecError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
+    # pydantic puts a union's tag into the location; the user's key does not have it.
+    key = ".".join(part for part in location if part not in quantizers.names)
+    if any(f"{key}.".startswith(f"{text.partition('=')[0].strip()}.") for text in overrides):
+        where = "--set"
     if first["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])
         return SpecError(f"unknown key {key!r}", where=where, remedy=nearest(location[-1], known))
     if first["type"].startswith("union_tag"):
-        return SpecError(f"{key}.method is not a known quantizer", where=where, remedy=first["msg"])
+        method = str(first.get("ctx", {}).get("tag"))
+        remedy = nearest(method, quantizers.names)
+        return SpecError(f"unknown quantizer {method!r}", where=where, remedy=remedy)
     value = first.get("input")
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
     message = first["msg"].removeprefix("Value error, ")

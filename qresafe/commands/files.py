@@ -1,0 +1,129 @@
+"""`judge` and `compare`: of an experiment's arms, or of completions that are already there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qresafe.commands.options import (
+    AsJson,
+    Name,
+    Overrides,
+    Storage,
+    Workers,
+    experiment,
+)
+from qresafe.commands.running import Arms, chosen_arms, execute, stage_data, tell_comparison
+from qresafe.errors import SpecError
+
+if TYPE_CHECKING:
+    from qresafe.artifacts import Artifact
+    from qresafe.progress import Progress
+    from qresafe.specs import ExperimentSpec
+
+Judged = tuple["Artifact", "Artifact"]  # completions and the verdicts on them
+
+
+def judge(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="An experiment (YAML or preset), or completions: a generate stage's folder, or a "
+            "Parquet file with columns prompt and completion."
+        ),
+    ],
+    arms: Arms = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge completions with every judge of `evaluate.judges`; judging never generates again."""
+    if not _is_file(source):
+        spec = experiment(source, overrides, workers=workers, storage=storage, name=name)
+        execute(spec, lambda e: [e.verdicts(a) for a in chosen_arms(e, arms)], as_json=as_json)
+        return
+    from qresafe.console import progress_on
+
+    with progress_on() as progress:
+        _, verdicts = _judged(_file_spec(overrides, storage, name), source, progress)
+    if as_json:
+        typer.echo(json.dumps(stage_data("judge", verdicts), indent=1))
+        return
+    for judge_name, axes in verdicts.manifest.counts.items():
+        for axis, outcomes in axes.items():
+            found = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+            typer.echo(f"{judge_name}, {axis}: {found}")
+    typer.echo(f"verdicts: {verdicts.path / 'verdicts.parquet'}")
+
+
+def compare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG | A B...",
+            help="One experiment, or two or more completions (as for `judge`), each of them "
+            "LABEL=PATH or a path.",
+        ),
+    ],
+    overrides: Overrides = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare models on the same prompts: shares, intervals, paired flips, attribution."""
+    if len(sources) == 1:
+        spec = experiment(sources[0], overrides, workers=workers, storage=storage, name=name)
+        execute(spec, lambda e: e.comparison, as_json=as_json)
+        return
+    from qresafe.artifacts import Run
+    from qresafe.console import progress_on
+    from qresafe.stages.compare import compare as compare_stage
+
+    spec = _file_spec(overrides, storage, name)
+    with progress_on() as progress:
+        named = {label: _judged(spec, path, progress) for label, path in _labelled(sources)}
+        made = compare_stage(Run(spec.storage, spec.name), named, progress)
+    if as_json:
+        typer.echo((made.path / "comparison.json").read_text())
+    else:
+        tell_comparison(made)
+
+
+def _judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+    from qresafe.artifacts import Run
+    from qresafe.stages.imported import completions_of
+    from qresafe.stages.judge import judge as judge_stage
+
+    run = Run(spec.storage, spec.name)
+    completions = completions_of(run, Path(source))
+    label = Path(source).name
+    return completions, judge_stage(run, completions, spec.evaluate.judges, progress, label)
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source)
+    return path.suffix == ".parquet" or (path / "completions.parquet").exists()
+
+
+def _file_spec(
+    overrides: list[str] | None, storage: str | None, name: str | None
+) -> ExperimentSpec:
+    return experiment(None, overrides, storage=storage, name=name or "files")
+
+
+def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
+    """Split LABEL=PATH; what has no label is called A, B, C by its place."""
+    pairs = []
+    for place, source in enumerate(sources):
+        label, equals, path = source.partition("=")
+        pairs.append((label, path) if equals else (chr(ord("A") + place), source))
+    if len({label for label, _ in pairs}) < len(pairs):
+        raise SpecError("two sources have the same label", remedy="give each its own LABEL=PATH")
+    return pairs

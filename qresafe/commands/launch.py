@@ -1,0 +1,58 @@
+"""How a command line ends: a mistake in one sentence, a bug with all that helps to mend it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import NoReturn
+
+import typer
+
+from qresafe.errors import UserError
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+RESUME = "interrupted: give the same command again to continue (what is finished is kept)"
+REPORT = (
+    "This is a bug in qresafe. Please report it with the lines above and the output of "
+    "`qresafe doctor --json`."
+)
+
+
+def launch(app: typer.Typer, arguments: list[str] | None = None) -> NoReturn:
+    """Run `app` on the command line and leave the process with a meaningful exit code.
+
+    0: done; 1: a bug; 2: a mistake in the command line or its inputs; 130: interrupted.
+    """
+    try:
+        app(arguments)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:
+            _say("", RESUME)
+        raise
+    except Exception as error:
+        mistake = user_error(error)
+        if mistake is None:
+            traceback.print_exc()
+            _say("", REPORT)
+            sys.exit(1)
+        _say("error: ", str(mistake))
+        sys.exit(mistake.exit_code)
+    sys.exit(0)
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """Return the mistake that `error` is or was raised from (Ray wraps what workers raise)."""
+    while error is not None:
+        # Ray's wrapper is an instance of the wrapped class too, but its text is a traceback: look
+        # inside first.
+        inner = getattr(error, "cause", None)
+        if not isinstance(inner, BaseException) and isinstance(error, UserError):
+            return error
+        error = inner if isinstance(inner, BaseException) else error.__cause__
+    return None
+
+
+def _say(label: str, text: str) -> None:
+    sys.stdout.flush()
+    typer.secho(label, fg="red", bold=True, nl=False, err=True)
+    typer.echo(text, err=True)

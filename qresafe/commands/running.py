@@ -1,0 +1,117 @@
+"""Running an experiment for a command, and telling its result to a person or a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qresafe.specs import ExperimentSpec
+
+if TYPE_CHECKING:
+    from qresafe.artifacts import Artifact
+    from qresafe.stages.comparison import Share
+    from qresafe.stages.experiment import Experiment
+
+
+Arms = Annotated[
+    list[str] | None,
+    typer.Option("--arm", help="W, control, Q0, Q or adapter; may be given several times."),
+]
+
+
+def chosen_arms(experiment: Experiment, arms: Sequence[str] | None) -> Sequence[str]:
+    """Return the arms that were asked for, else all that the experiment has."""
+    return arms or experiment.arms
+
+
+def execute(spec: ExperimentSpec, want: Callable[[Experiment], Any], *, as_json: bool) -> Any:
+    """Compute what `want` asks of an experiment, tell of it on stdout, and return it.
+
+    Args:
+        spec: The resolved experiment.
+        want: Asks for an artefact; what it needs is computed before, what is finished is reused.
+        as_json: Print JSON instead of tables.
+    """
+    from qresafe.console import progress_on
+    from qresafe.dist.runtime import make_runtime
+    from qresafe.stages.experiment import Experiment
+
+    with progress_on() as progress, make_runtime(spec.resources) as runtime:
+        experiment = Experiment(spec, runtime, progress)
+        experiment.check()
+        wanted = want(experiment)
+    if as_json:
+        typer.echo(json.dumps(as_data(experiment), indent=1))
+    else:
+        _tell(experiment)
+    return wanted
+
+
+def as_data(experiment: Experiment) -> dict[str, Any]:
+    """Return what `--json` prints: every stage with its folder and counts, and the comparison."""
+    data: dict[str, Any] = {
+        "run": str(experiment.run.root),
+        "stages": [stage_data(name, made) for name, made in experiment.stages],
+    }
+    if compared := _made(experiment, "compare"):
+        data["comparison"] = json.loads((compared.path / "comparison.json").read_text())
+    if reported := _made(experiment, "report"):
+        data["report"] = str(reported.path / "report.html")
+    return data
+
+
+def stage_data(name: str, made: Artifact) -> dict[str, Any]:
+    """Return what a program wants to know of a finished stage."""
+    return {
+        "name": name,
+        "stage": made.manifest.stage,
+        "key": made.key,
+        "path": str(made.path),
+        "reused": made.reused,
+        "seconds": made.manifest.seconds,
+        "counts": made.manifest.counts,
+    }
+
+
+def _made(experiment: Experiment, stage: str) -> Artifact | None:
+    return next((a for _, a in experiment.stages if a.manifest.stage == stage), None)
+
+
+def _tell(experiment: Experiment) -> None:
+    from qresafe.console import table
+
+    if compared := _made(experiment, "compare"):
+        tell_comparison(compared)
+    else:
+        rows = [[name, str(made.path)] for name, made in experiment.stages]
+        table(["stage", "result"], rows)
+    if reported := _made(experiment, "report"):
+        typer.echo(f"\nreport: {reported.path / 'report.html'}")
+
+
+def tell_comparison(compared: Artifact) -> None:
+    """Print a comparison: a row for each arm, a column for each measure."""
+    from qresafe.console import table
+    from qresafe.stages.compare import read_comparison
+    from qresafe.stages.measures import MEASURES
+
+    comparison = read_comparison(compared)
+    asked = [m for m in MEASURES if any(m.name in arm.measures for arm in comparison.arms)]
+    rows = [
+        [arm.label, *(_cell(arm.measures.get(measure.name)) for measure in asked)]
+        for arm in comparison.arms
+    ]
+    table(["model", *(measure.title for measure in asked)], rows)
+    typer.echo(
+        "\n% of n prompts [95 % interval]; " + "; ".join(f"{m.title}: {m.meaning}" for m in asked)
+    )
+
+
+def _cell(share: Share | None) -> str:
+    if share is None or share.share is None:
+        return "-"
+    low, high = 100 * share.low, 100 * share.high
+    return f"{100 * share.share:.1f} [{low:.1f}, {high:.1f}] n={share.n}"
