@@ -140,7 +140,8 @@ def read_manifest(folder: UPath) -> Manifest:
     """Read and check a finished stage's manifest.
 
     Raises:
-        CorruptArtifactError: The manifest is unreadable, or a file is missing or of another size.
+        CorruptArtifactError: The manifest is unreadable, or a file is missing or (on a local
+            file system) has other bytes.
     """
     remedy = f"delete {folder} and run again"
     try:
@@ -149,9 +150,12 @@ def read_manifest(folder: UPath) -> Manifest:
         raise CorruptArtifactError(
             "unreadable manifest", where=str(folder), remedy=remedy
         ) from error
-    for name in manifest.files:
+    for name, digest in manifest.files.items():
         if not (folder / name).exists():
             raise CorruptArtifactError(f"missing file {name}", where=str(folder), remedy=remedy)
+        # Object stores keep their own checksums, and hashing there means downloading everything.
+        if is_local(folder) and hash_file(folder / name) != digest:
+            raise CorruptArtifactError(f"changed file {name}", where=str(folder), remedy=remedy)
     return manifest
 
 

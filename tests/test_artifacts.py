@@ -1,0 +1,212 @@
+"""Artefacts: a stage runs once, continues after a kill, and is never half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from upath import UPath
+
+from qresafe.artifacts import (
+    Artifact,
+    Run,
+    content_key,
+    disk_errors,
+    hash_folder,
+    read_manifest,
+    stage_key,
+    write_bytes,
+    write_text,
+)
+from qresafe.errors import CorruptArtifactError, ResourceError
+
+
+class Work:
+    """Writes a number, and remembers how often it was asked to."""
+
+    def __init__(self, number: int = 1, fail: Exception | None = None) -> None:
+        self.number, self.fail, self.calls = number, fail, 0
+
+    def __call__(self, folder: UPath) -> Mapping[str, Any]:
+        self.calls += 1
+        write_text(folder / "number.txt", str(self.number))
+        if self.fail:
+            raise self.fail
+        return {"numbers": 1}
+
+
+def run_stage(run: Run, work: Work, **changed: Any) -> Artifact:
+    given: dict[str, Any] = {
+        "spec": {"tau": 0.6},
+        "inputs": {"q0": "abc"},
+        "code_version": 1,
+    }
+    return run.stage("patch", **(given | changed), work=work)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(str(tmp_path), "test")
+
+
+def test_a_stage_runs_once(run: Run) -> None:
+    work = Work()
+    first, second = run_stage(run, work), run_stage(run, work)
+    assert (work.calls, first.reused, second.reused) == (1, False, True)
+    assert first.path == second.path
+    assert second.manifest == first.manifest
+    assert first.manifest.counts == {"numbers": 1}
+
+
+def test_results_live_under_storage_runs_name_stage_key(run: Run, tmp_path: Path) -> None:
+    made = run_stage(run, Work())
+    assert Path(str(made.path)) == tmp_path / "runs" / "test" / "patch" / made.key
+
+
+@pytest.mark.parametrize(
+    "changed", [{"spec": {"tau": 0.5}}, {"inputs": {"q0": "abd"}}, {"code_version": 2}]
+)
+def test_a_changed_input_gives_another_result(run: Run, changed: dict[str, Any]) -> None:
+    work = Work()
+    assert run_stage(run, work).key != run_stage(run, work, **changed).key
+    assert work.calls == 2
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    ab, ba = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
+    assert stage_key("s", ab, {"x": "1", "y": "2"}, 1) == stage_key(
+        "s", ba, {"y": "2", "x": "1"}, 1
+    )
+    assert content_key([1, 2]) != content_key([2, 1])
+
+
+def test_a_key_is_the_same_in_another_process() -> None:
+    code = "from qresafe.artifacts import stage_key; print(stage_key('s', {'a': [1.5]}, {}, 1))"
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert keys == {stage_key("s", {"a": [1.5]}, {}, 1)}
+
+
+def test_a_failed_stage_is_not_done_and_finds_its_files_again(run: Run) -> None:
+    with pytest.raises(RuntimeError, match="half-way"):
+        run_stage(run, Work(fail=RuntimeError("half-way")))
+    seen: list[str] = []
+
+    def again(folder: UPath) -> Mapping[str, Any]:
+        seen.append((folder / "number.txt").read_text())
+        return {}
+
+    made = run.stage("patch", spec={"tau": 0.6}, inputs={"q0": "abc"}, code_version=1, work=again)
+    assert seen == ["1"]
+    assert not made.reused
+
+
+def test_a_killed_process_leaves_no_done_mark(run: Run, tmp_path: Path) -> None:
+    code = f"""
+import os
+from qresafe.artifacts import Run, write_text
+def work(folder):
+    write_text(folder / "part-0", "kept")
+    os.kill(os.getpid(), 9)
+Run({str(tmp_path)!r}, "test").stage("s", spec={{}}, inputs={{}}, code_version=1, work=work)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    folder = run.folder("s", stage_key("s", {}, {}, 1))
+    assert (folder / "part-0").read_text() == "kept"
+    assert not (folder / "DONE").exists()
+    assert not (folder / "manifest.json").exists()
+    made = run.stage("s", spec={}, inputs={}, code_version=1, work=lambda folder: {})
+    assert list(made.manifest.files) == ["part-0"]
+
+
+def test_the_manifest_explains_the_result(run: Run) -> None:
+    made = run_stage(run, Work())
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert manifest["spec"] == {"tau": 0.6}
+    assert manifest["inputs"] == {"q0": "abc"}
+    assert manifest["files"] == {"number.txt": hashlib.sha256(b"1").hexdigest()}
+    assert {"python", "torch", "qresafe"} <= set(manifest["versions"])
+    assert manifest["hardware"]["cpus"] == os.cpu_count()
+
+
+def test_versions_are_read_without_importing() -> None:
+    code = (
+        "import sys; from qresafe.artifacts import versions; versions();"
+        "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_work_files_and_torn_writes_are_not_part_of_the_result(tmp_path: Path) -> None:
+    for name in ("a", "work/part-0", "b.tmp-17", "DONE", "manifest.json", "sub/c"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert list(hash_folder(UPath(tmp_path))) == ["a", "sub/c"]
+
+
+def test_a_missing_file_is_found(run: Run) -> None:
+    made = run_stage(run, Work())
+    (made.path / "number.txt").unlink()
+    with pytest.raises(CorruptArtifactError, match=r"number\.txt.*delete .* and run again"):
+        run_stage(run, Work())
+
+
+def test_a_flipped_bit_is_found(run: Run) -> None:
+    made = run_stage(run, Work())
+    (made.path / "number.txt").write_text("0")
+    with pytest.raises(CorruptArtifactError, match=r"changed file number\.txt"):
+        run_stage(run, Work())
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"stage": 3}'])
+def test_a_damaged_manifest_is_found(run: Run, damage: str) -> None:
+    made = run_stage(run, Work())
+    (made.path / "manifest.json").write_text(damage)
+    with pytest.raises(CorruptArtifactError, match="unreadable manifest"):
+        read_manifest(made.path)
+
+
+def test_any_fsspec_storage_will_do() -> None:
+    run = Run("memory://bucket", "test")
+    work = Work()
+    made = run_stage(run, work)
+    assert run_stage(run, work).reused
+    assert (made.path / "number.txt").read_text() == "1"
+    assert made.manifest.files == {"number.txt": hashlib.sha256(b"1").hexdigest()}
+
+
+def test_a_reader_sees_all_of_a_file_or_nothing(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "a", b"old")
+    write_bytes(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(28, "disk is full"), (13, "cannot write"), (30, "cannot write")]
+)
+def test_disk_errors_are_one_sentence(number: int, words: str) -> None:
+    with pytest.raises(ResourceError, match=words), disk_errors("/somewhere"):
+        raise OSError(number, "x")
+
+
+def test_other_os_errors_stay_what_they_are() -> None:
+    with pytest.raises(FileNotFoundError), disk_errors("/somewhere"):
+        raise FileNotFoundError(2, "x")
