@@ -1,0 +1,151 @@
+"""The loss terms against arithmetic by hand, TRL, and the full KL divergence."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qresafe.core.objectives import (
+    dpo_loss,
+    kl_loss,
+    masked_mean,
+    nll_loss,
+    objective,
+    sequence_logps,
+    token_logps,
+)
+
+
+def test_dpo_by_hand():
+    # margin 1: (-1 - -2) - (-3 - -3) = 1; beta 0.5: -log sigmoid(0.5) = log(1 + e^-0.5)
+    # margin -4: (-5 - -2) - (-1 - -2) = -4: log(1 + e^2)
+    losses = dpo_loss(
+        torch.tensor([-1.0, -5.0]),
+        torch.tensor([-3.0, -1.0]),
+        torch.tensor([-2.0, -2.0]),
+        torch.tensor([-3.0, -2.0]),
+        beta=0.5,
+    )
+    expected = [math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(2.0))]
+    assert losses.tolist() == pytest.approx(expected)
+
+
+def test_dpo_starts_at_ln_2_where_q_is_q0():
+    chosen, rejected = torch.randn(4), torch.randn(4)
+    losses = dpo_loss(chosen, rejected, chosen, rejected, beta=0.01)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 4)
+
+
+def test_token_logps_against_softmax_by_hand():
+    logits = torch.tensor([[[0.0, math.log(3.0)], [math.log(4.0), 0.0], [0.0, 0.0]]])
+    labels = torch.tensor([[-100, 1, 0]])  # token 1 from position 0, token 0 from position 1
+    expected = [math.log(3 / 4), math.log(4 / 5)]
+    assert token_logps(logits, labels)[0].tolist() == pytest.approx(expected)
+    assert sequence_logps(logits, labels).tolist() == pytest.approx([sum(expected)])
+    nothing = torch.tensor([[-100, -100, 0]])
+    assert token_logps(logits, nothing)[0].tolist() == pytest.approx([0.0, math.log(4 / 5)])
+
+
+def test_nll_is_a_mean_over_answer_tokens():
+    logps = torch.tensor([[0.0, -1.0, -3.0], [0.0, 0.0, 0.0]])
+    labels = torch.tensor([[-100, -100, 5, 6], [-100, -100, -100, -100]])
+    assert nll_loss(logps, labels).tolist() == [2.0, 0.0]  # (1 + 3) / 2, and no tokens at all
+
+
+def _kl(vocabulary, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(2, 3, vocabulary, generator=generator, requires_grad=True)
+    teacher = torch.log_softmax(torch.randn(2, 3, vocabulary, generator=generator), -1)
+    logps, ids = teacher.topk(k, dim=-1)
+    return student, teacher, ids, logps
+
+
+def test_kl_of_the_whole_vocabulary_is_the_kl_divergence():
+    student, teacher, ids, logps = _kl(7, 7)
+    expected = F.kl_div(
+        torch.log_softmax(student, -1), teacher, reduction="none", log_target=True
+    ).sum(-1)
+    torch.testing.assert_close(kl_loss(student, ids, logps), expected.mean(1))
+
+
+def test_kl_of_the_top_k_lumps_the_rest():
+    student, teacher, ids, logps = _kl(9, 4)
+    q = torch.softmax(student, -1)
+    by_hand = torch.zeros(2, 3)
+    for row in range(2):
+        for token in range(3):
+            inside = ids[row, token]
+            p_rest = 1 - teacher[row, token, inside].exp().sum()
+            q_rest = 1 - q[row, token, inside].sum()
+            p = teacher[row, token, inside].exp()
+            terms = p * (p / q[row, token, inside]).log()
+            by_hand[row, token] = terms.sum() + p_rest * (p_rest / q_rest).log()
+    torch.testing.assert_close(kl_loss(student, ids, logps), by_hand.mean(1))
+    full = F.kl_div(torch.log_softmax(student, -1), teacher, reduction="none", log_target=True)
+    assert (kl_loss(student, ids, logps) <= full.sum(-1).mean(1)).all()
+    token_mask = torch.tensor([[True, True, False], [False, False, False]])
+    expected = torch.stack([by_hand[0, :2].mean(), torch.tensor(0.0)])
+    torch.testing.assert_close(kl_loss(student, ids, logps, token_mask), expected)
+
+
+def test_kl_is_zero_at_the_teacher_and_finite_when_q_is_certain():
+    _, teacher, ids, logps = _kl(9, 4)
+    assert kl_loss(teacher, ids, logps).abs().max() < 1e-6
+    certain = torch.full((1, 1, 5), -200.0)
+    certain[..., 0] = 200.0
+    certain.requires_grad_()
+    loss = kl_loss(certain, torch.tensor([[[0]]]), torch.tensor([[[math.log(0.9)]]]))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(certain.grad).all()
+
+
+def test_kl_when_the_teacher_is_certain_has_no_bucket():
+    student = torch.tensor([[[0.0, 0.0, 0.0]]])
+    loss = kl_loss(student, torch.tensor([[[1]]]), torch.tensor([[[0.0]]]))
+    assert loss.tolist() == pytest.approx([math.log(3)])
+
+
+def test_terms_apply_to_their_own_rows():
+    losses = torch.tensor([1.0, 2.0, 6.0], requires_grad=True)
+    assert masked_mean(losses, torch.tensor([True, False, True])).item() == 3.5
+    assert masked_mean(losses, torch.tensor([True, False, True]), count=7.0).item() == 1.0
+    none = masked_mean(losses, torch.tensor([False] * 3))
+    none.backward()
+    assert none.item() == 0.0
+    assert losses.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_row_outside_a_term_cannot_poison_it():
+    losses = torch.tensor([1.0, float("nan")])
+    assert masked_mean(losses, torch.tensor([True, False])).item() == 1.0
+
+
+def test_objective_sums_weighted_means_and_ignores_terms_without_weight():
+    losses = {"dpo": torch.tensor([1.0, 9.0]), "anchor": torch.tensor([9.0, 4.0])}
+    rows = {"dpo": torch.tensor([True, False]), "anchor": torch.tensor([False, True])}
+    total, parts = objective(losses, rows, {"dpo": 2.0, "anchor": 0.5, "kl": 0.0})
+    assert total.item() == 2.0 * 1.0 + 0.5 * 4.0
+    assert {name: part.item() for name, part in parts.items()} == {"dpo": 1.0, "anchor": 4.0}
+
+
+def test_counts_make_micro_batches_add_up_to_the_batch():
+    losses, rows = torch.randn(6), torch.tensor([True, True, False, True, False, True])
+    whole, _ = objective({"kl": losses}, {"kl": rows}, {"kl": 1.0})
+    parts = [
+        objective({"kl": part}, {"kl": mask}, {"kl": 1.0}, {"kl": 4.0})[0]
+        for part, mask in zip(losses.split(2), rows.split(2), strict=True)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_dpo_equals_trl():
+    trainer = pytest.importorskip("trl").DPOTrainer
+    if not hasattr(trainer, "dpo_loss"):
+        pytest.skip("this TRL has no separate dpo_loss; tests/dist compares whole steps")
+    settings = SimpleNamespace(beta=0.3, label_smoothing=0.0, loss_type=["sigmoid"])
+    values = [torch.randn(5) for _ in range(4)]
+    theirs, *_ = trainer.dpo_loss(settings, *values)
+    torch.testing.assert_close(dpo_loss(*values, beta=0.3), theirs)
