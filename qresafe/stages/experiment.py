@@ -1,0 +1,230 @@
+"""A whole experiment: W -> Q0 -> pairs -> patch -> export -> compare -> report.
+
+Every artefact is a property that is computed when first asked for, together with what it needs.
+So `experiment.report` runs everything, `experiment.pairs` stops there, and a variant of an
+experiment shares every stage that its spec does not touch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pyarrow as pa
+
+from qresafe.artifacts import Artifact, Run
+from qresafe.errors import SpecError, nearest
+from qresafe.hf.models import load_tokenizer, resolve
+from qresafe.hf.warm import ModelInput
+from qresafe.progress import Progress, Silent
+from qresafe.registry import judges, quantizers
+from qresafe.specs import ExperimentSpec, GenerateSpec
+from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
+from qresafe.stages.compare import compare
+from qresafe.stages.export import export
+from qresafe.stages.generate import generate
+from qresafe.stages.judge import judge
+from qresafe.stages.pairs import pairs
+from qresafe.stages.patch import needs_reference, patch
+from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
+from qresafe.stages.quantize import quantize
+from qresafe.stages.reference import reference
+from qresafe.stages.report import ReportInput, report
+from qresafe.stages.runtime import Runtime
+
+ARMS = (W, CONTROL, Q0, Q, ADAPTER)  # in the order of every table
+EVALUATION, CALIBRATION = "evaluation", "calibration"
+
+
+@dataclass
+class Experiment:
+    """The artefacts of one experiment, each made on first use.
+
+    Attributes:
+        spec: The resolved experiment.
+        runtime: Where batches and training run.
+        progress: Told what is going on.
+        stages: (name, artefact) of all that was asked for so far, in order.
+    """
+
+    spec: ExperimentSpec
+    runtime: Runtime
+    progress: Progress = field(default_factory=Silent)
+    stages: list[tuple[str, Artifact]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.run = Run(self.spec.storage, self.spec.name)
+
+    def check(self) -> None:
+        """Find a user's mistakes before anything expensive starts.
+
+        Raises:
+            UserError: A name is unknown, a file malformed, or a model not usable.
+        """
+        quantizers.get(self.spec.quantize.method)
+        for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
+            judges.get(name)
+        _ = self.prompts, self.calibration, self.tokenizer
+
+    @cached_property
+    def teacher(self) -> ModelInput:
+        """W, found and fingerprinted."""
+        return ModelInput.of(resolve(self.spec.model))
+
+    @cached_property
+    def tokenizer(self) -> object:
+        """W's tokenizer, which Q0 shares."""
+        ref = self.teacher.ref
+        return load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
+
+    @cached_property
+    def prompts(self) -> pa.Table:
+        """The evaluation prompts of all benchmarks, in the spec's order."""
+        return evaluation_prompts(self.spec.evaluate.prompts)
+
+    @cached_property
+    def calibration(self) -> pa.Table:
+        """The prompts that W and Q0 answer to make pairs."""
+        return calibration_prompts(self.spec.pairs)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that this experiment has, in table order."""
+        absent = set()
+        if not self.quantized.manifest.counts["control"]:
+            absent.add(CONTROL)
+        if not self.spec.evaluate.adapter:
+            absent.add(ADAPTER)
+        return tuple(arm for arm in ARMS if arm not in absent)
+
+    def model(self, arm: str) -> ModelInput:
+        """Return the model of an arm, which is always loaded from disk.
+
+        Raises:
+            SpecError: No such arm.
+        """
+        if arm == W:
+            return self.teacher
+        if arm not in ARMS:
+            raise SpecError(f"no arm {arm!r}", remedy=nearest(arm, ARMS))
+        made = self.quantized if arm in (CONTROL, Q0) else self.exported
+        folder = {CONTROL: "control", ADAPTER: "unrounded"}.get(arm, "checkpoint")
+        return ModelInput.in_folder(made.path / folder, f"{made.key}/{folder}")
+
+    @cached_property
+    def quantized(self) -> Artifact:
+        """Q0 and, if the method fine-tunes, its full-precision control."""
+        made = quantize(
+            self.run, self.teacher, self.spec.quantize, self.progress, control=self.spec.control
+        )
+        return self._note("quantize", made)
+
+    @cached_property
+    def pairs(self) -> Artifact:
+        """The training rows (x, y_w, y_l)."""
+        made = pairs(
+            self.run,
+            teacher_completions=self.completions(W, CALIBRATION),
+            q0_completions=self.completions(Q0, CALIBRATION),
+            tokenizer=self.tokenizer,
+            teacher=self.teacher.ref,
+            spec=self.spec.pairs,
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        return self._note("pairs", made)
+
+    @cached_property
+    def reference(self) -> Artifact | None:
+        """Log-probs of both answers under Q0; None where the patch does not read them."""
+        if not needs_reference(self.spec.patch):
+            return None
+        made = reference(
+            self.run,
+            q0=self.model(Q0),
+            pairs=self.pairs,
+            batch_size=self.spec.pairs.batch_size,
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        return self._note("reference", made)
+
+    @cached_property
+    def patched(self) -> Artifact:
+        """The trained factors, masks, codes and history."""
+        made = patch(
+            self.run,
+            q0=self.model(Q0),
+            pairs=self.pairs,
+            reference=self.reference,
+            spec=self.spec.patch,
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        return self._note("patch", made)
+
+    @cached_property
+    def exported(self) -> Artifact:
+        """Q in Q0's own format, the patch file, and the unrounded adapter."""
+        adapter = self.spec.evaluate.adapter
+        made = export(self.run, self.quantized, self.patched, self.progress, unrounded=adapter)
+        return self._note("export", made)
+
+    def completions(self, arm: str, on: str = EVALUATION) -> Artifact:
+        """Return an arm's answers to the evaluation or the calibration prompts."""
+        made = generate(
+            self.run,
+            label=arm if on == EVALUATION else f"{arm} on {on}",
+            model=self.model(arm),
+            prompts=self.prompts if on == EVALUATION else self.calibration,
+            spec=self._generation(on),
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        return self._note(f"generate {arm} {on}", made)
+
+    def verdicts(self, arm: str) -> Artifact:
+        """Return all judges' verdicts on an arm's answers."""
+        completions = self.completions(arm)
+        made = judge(self.run, completions, self.spec.evaluate.judges, self.progress, label=arm)
+        return self._note(f"judge {arm}", made)
+
+    @cached_property
+    def measured(self) -> dict[str, tuple[Artifact, Artifact]]:
+        """Arm -> its completions and the verdicts on them."""
+        return {arm: (self.completions(arm), self.verdicts(arm)) for arm in self.arms}
+
+    @cached_property
+    def comparison(self) -> Artifact:
+        """Rates, intervals and paired flips of all arms."""
+        return self._note("compare", compare(self.run, self.measured, self.progress))
+
+    @cached_property
+    def report(self) -> Artifact:
+        """The HTML page, its JSON and the model card."""
+        comparison = self.comparison
+        given = ReportInput(
+            spec=self.spec,
+            comparison=comparison,
+            arms=self.measured,
+            patch=self.patched,
+            export=self.exported,
+            stages=tuple(self.stages),
+        )
+        return self._note("report", report(self.run, given, self.progress))
+
+    def _generation(self, on: str) -> GenerateSpec:
+        """Calibration answers are greedy, whatever the evaluation's decoding is."""
+        asked = self.spec.evaluate.generate
+        if on == EVALUATION:
+            return asked
+        return GenerateSpec(
+            engine=asked.engine if asked.engine != "openai" else "transformers",
+            max_new_tokens=self.spec.pairs.max_new_tokens,
+            batch_size=asked.batch_size,
+        )
+
+    def _note(self, name: str, artifact: Artifact) -> Artifact:
+        if all(artifact.path != other.path for _, other in self.stages):
+            self.stages.append((name, artifact))
+        return artifact
