@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,8 +13,10 @@ from qresafe.specs import ExperimentSpec
 
 if TYPE_CHECKING:
     from qresafe.artifacts import Artifact
+    from qresafe.progress import Progress
     from qresafe.stages.comparison import Share
     from qresafe.stages.experiment import Experiment
+    from qresafe.stages.runtime import Runtime
 
 
 Arms = Annotated[
@@ -36,18 +39,30 @@ def execute(spec: ExperimentSpec, want: Callable[[Experiment], Any], *, as_json:
         as_json: Print JSON instead of tables.
     """
     from qresafe.console import progress_on
-    from qresafe.dist.runtime import make_runtime
     from qresafe.stages.experiment import Experiment
+    from qresafe.stages.runtime import InProcessRuntime
 
-    with progress_on() as progress, make_runtime(spec.resources) as runtime:
-        experiment = Experiment(spec, runtime, progress)
-        experiment.check()
-        wanted = want(experiment)
+    with progress_on() as progress:
+        experiment = Experiment(spec, InProcessRuntime(), progress)
+        experiment.check()  # before Ray starts: a mistake should cost a second, not ten
+        with closing(_started(spec, progress)) as experiment.runtime:
+            wanted = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))
     else:
         _tell(experiment)
     return wanted
+
+
+def _started(spec: ExperimentSpec, progress: Progress) -> Runtime:
+    from qresafe.dist.runtime import make_runtime
+
+    if not spec.resources.workers:
+        return make_runtime(spec.resources)
+    progress.start("start Ray")
+    runtime = make_runtime(spec.resources)
+    progress.finish()
+    return runtime
 
 
 def as_data(experiment: Experiment) -> dict[str, Any]:

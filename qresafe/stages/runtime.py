@@ -75,6 +75,9 @@ class Runtime(Protocol):
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         """Run `job` to its end, continuing from what `folder` holds."""
 
+    def close(self) -> None:
+        """Give back what the runtime holds: processes, models, a Ray session of its own."""
+
 
 class InProcessRuntime:
     """Runs everything in this process (`workers: 0`).
@@ -102,6 +105,9 @@ class InProcessRuntime:
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         job.run_local(folder, progress)
+
+    def close(self) -> None:
+        """Nothing outlives a call here."""
 
 
 @dataclass(frozen=True)
