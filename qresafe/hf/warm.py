@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
+from qresafe.artifacts import is_local
 from qresafe.hf.models import ModelRef, fingerprint, load_model, load_tokenizer
 
 
@@ -27,9 +31,11 @@ class ModelInput:
         return cls(ref, fingerprint(ref.path))
 
     @classmethod
-    def in_folder(cls, path: object, key: str, dtype: str = "auto") -> ModelInput:
+    def in_folder(cls, path: str | Path | UPath, key: str, dtype: str = "auto") -> ModelInput:
         """Return the input for a checkpoint inside an artefact with this key."""
-        return cls(ModelRef(str(path), str(path), dtype=dtype), key)
+        folder = UPath(path)
+        text = str(Path(str(folder)).absolute()) if is_local(folder) else str(folder)
+        return cls(ModelRef(text, text, dtype=dtype), key)
 
 
 class Shelf:

@@ -1,0 +1,123 @@
+"""Batches on Ray Data: one row per planned batch, an actor pool that leases warm engines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayActorError
+from upath import UPath
+
+from qresafe import errors
+from qresafe.dist.engines import TRIES_PER_BATCH, dump_batch
+from qresafe.specs import ResourcesSpec
+from qresafe.stages.runtime import Batch, BatchJob, Made
+
+
+class Lease:
+    """One actor of Ray Data's pool: holds the CPU or GPU, and sends its batches to an engine.
+
+    Args:
+        stable: The session's `Stable`.
+        call: Names this `map_batches` call.
+        job: What to compute.
+        parts: Where parts go.
+    """
+
+    def __init__(self, stable: Any, call: str, job: BatchJob, parts: UPath) -> None:
+        context = ray.get_runtime_context()
+        gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids())
+        borrowed = stable.lend.remote(context.get_actor_id(), context.get_node_id(), gpus)
+        self._engine = ray.get(borrowed)
+        self._call, self._job, self._parts = call, job, parts
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        batches = block["batch"].to_pylist()
+        return pa.table({"result": [json.dumps(self._compute(batch)) for batch in batches]})
+
+    def _compute(self, batch: str) -> dict[str, Any]:
+        # A mistake of the user's travels as data: Ray Data's wrapping would lose its sentence.
+        sent = self._engine.compute.remote(self._call, self._job, batch, self._parts)
+        try:
+            return {"made": ray.get(sent)}
+        except errors.UserError as error:
+            return {"failure": _dump_error(error)}
+        except RayActorError:
+            what = f"a worker died {TRIES_PER_BATCH} times on the same batch"
+            remedy = "most often memory runs out: lower the batch size"
+            return {"failure": _dump_error(errors.ResourceError(what, remedy=remedy))}
+
+
+def compute(
+    job: BatchJob,
+    batches: Sequence[Batch],
+    parts: UPath,
+    *,
+    stable: Any,
+    resources: ResourcesSpec,
+) -> Iterator[Made]:
+    """Compute batches on the cluster and yield each as it is done.
+
+    The pool grows to `resources.workers` actors, as far as there are batches and free resources.
+    An actor or engine that dies is started again, and its batch is computed again.
+
+    Args:
+        job: What to compute.
+        batches: The batches to compute; at least one.
+        parts: Where parts go; must be reachable from every worker.
+        stable: The session's `Stable` actor.
+        resources: Workers, and what each of them holds.
+
+    Raises:
+        UserError: Whatever the job raised.
+        ResourceError: Workers keep dying.
+    """
+    _quiet()
+    most = min(resources.workers, len(batches))
+    items = [{"batch": dump_batch(batch)} for batch in batches]
+    # One block per batch: Ray Data hands out, retries and reports whole blocks.
+    made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        Lease,
+        fn_constructor_args=(stable, uuid.uuid4().hex, job, parts),
+        batch_size=None,
+        batch_format="pyarrow",
+        # Sized by the plan at once: the autoscaler's own growth, by queue length, comes late.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=resources.gpus_per_worker or None,
+    )
+    try:
+        for row in made.iter_rows():
+            result = json.loads(row["result"])
+            if "failure" in result:
+                raise _load_error(result["failure"])
+            yield Made(**result["made"])
+    finally:
+        ray.get(stable.take_back.remote())
+
+
+def _dump_error(error: errors.UserError) -> dict[str, str]:
+    cause = getattr(error, "cause", error)  # inside Ray's own wrapper
+    kind = type(cause).__name__
+    return {"kind": kind, "what": cause.what, "where": cause.where, "remedy": cause.remedy}
+
+
+def _load_error(fields: dict[str, str]) -> errors.UserError:
+    kind = getattr(errors, fields.pop("kind"), errors.UserError)
+    return kind(fields.pop("what"), **fields)
+
+
+def _quiet() -> None:
+    """Leave the screen to our own progress display; Ray Data's logs are in its session folder."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

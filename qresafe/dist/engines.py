@@ -1,0 +1,125 @@
+"""Warm worker processes of one session, lent to the actor pool of each Ray Data job.
+
+A new actor of Ray Data's pool starts in about a second; importing torch and transformers and
+loading a model takes several more, for every stage. So a pool actor (a `Lease`, see `data.py`)
+holds the CPU or GPU while its job runs, and the work is done by an engine: a process that holds
+no Ray resources, stays when the pool is gone, and finds everything imported and often the model
+loaded when the next stage borrows it. Training gets all CPUs, as idle engines hold none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from upath import UPath
+
+from qresafe.stages.runtime import Batch, BatchFunction, BatchJob, Row, compute_part, cpu_threads
+
+# A batch whose worker died so often is not tried again: most likely it needs too much memory.
+TRIES_PER_BATCH = 4
+
+
+class Engine:
+    """One warm process; runs the batches of one borrower at a time.
+
+    Args:
+        gpus: CUDA device numbers as in CUDA_VISIBLE_DEVICES, or "" for the CPU.
+        threads: CPU threads of every computation, equal on all engines so that results are too.
+    """
+
+    def __init__(self, gpus: str, threads: int) -> None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # has its effect when CUDA starts
+        self._device, self._threads = "cuda" if gpus else "cpu", threads
+        self._call = ""
+        self._function: BatchFunction | None = None
+
+        import qresafe.hf.generate
+        import qresafe.hf.warm  # noqa: F401
+
+    def compute(self, call: str, job: BatchJob, batch: str, parts: UPath) -> Row:
+        """Compute one batch and write its part.
+
+        Args:
+            call: Names the `map_batches` call; the job is set up once per call.
+            job: What to compute.
+            batch: `dump_batch` of the batch.
+            parts: Where the part goes.
+
+        Returns:
+            `Made.row()` of the part.
+        """
+        with cpu_threads(self._threads):
+            if self._function is None or call != self._call:
+                self._function, self._call = job.setup(self._device), call
+            return compute_part(self._function, load_batch(batch), parts).row()
+
+    def rest(self) -> None:
+        """Give back all memory that models hold."""
+        from qresafe.hf.warm import shelf
+
+        self._function = None
+        shelf().clear()
+
+
+@dataclass
+class Stable:
+    """Owns the engines of a session and knows who has borrowed which; an actor itself.
+
+    The engines end when it ends, and it ends with its driver, however that dies.
+
+    Args:
+        threads: CPU threads per engine.
+    """
+
+    threads: int
+    _free: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
+    _lent: dict[str, tuple[tuple[str, str], Any]] = field(default_factory=dict)
+
+    def lend(self, borrower: str, node: str, gpus: str) -> Any:
+        """Return an engine on `node` for these GPUs; always the same one to the same borrower."""
+        if borrower not in self._lent:
+            stall = self._free.setdefault((node, gpus), [])
+            engine = stall.pop() if stall else self._start(node, gpus)
+            self._lent[borrower] = (node, gpus), engine
+        return self._lent[borrower][1]
+
+    def take_back(self) -> None:
+        """Note that all borrowers are gone; engines on GPUs free their memory."""
+        for (node, gpus), engine in self._lent.values():
+            self._free.setdefault((node, gpus), []).append(engine)
+            if gpus:
+                engine.rest.remote()
+        self._lent.clear()
+
+    def warm(self, node: str, count: int) -> None:
+        """Have `count` engines on `node`'s CPU ready before anybody asks."""
+        stall = self._free.setdefault((node, ""), [])
+        stall.extend(self._start(node, "") for _ in range(count - len(stall)))
+
+    def rest(self) -> None:
+        """Let idle engines drop their models, before something else needs the memory."""
+        ray.get([engine.rest.remote() for stall in self._free.values() for engine in stall])
+
+    def _start(self, node: str, gpus: str) -> Any:
+        remote = ray.remote(Engine).options(
+            num_cpus=0,
+            max_restarts=-1,
+            max_task_retries=TRIES_PER_BATCH - 1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        )
+        return remote.remote(gpus, self.threads)
+
+
+def dump_batch(batch: Batch) -> str:
+    """Return a batch as JSON: rows are plain data, and nothing is unpickled from a store."""
+    return json.dumps({"index": batch.index, "rows": batch.rows})
+
+
+def load_batch(text: str) -> Batch:
+    """Return the batch that `dump_batch` wrote."""
+    return Batch(**json.loads(text))

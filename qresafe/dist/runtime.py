@@ -1,0 +1,177 @@
+"""The runtime of a cluster: one Ray session and warm engines for all stages of an experiment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from upath import UPath
+
+from qresafe.artifacts import is_local
+from qresafe.dist import data
+from qresafe.dist.engines import Stable
+from qresafe.errors import ResourceError
+from qresafe.progress import Progress
+from qresafe.specs import ResourcesSpec
+from qresafe.stages.runtime import (
+    Batch,
+    BatchJob,
+    InProcessRuntime,
+    Runtime,
+    Spent,
+    Tally,
+    TrainJob,
+)
+
+
+def make_runtime(resources: ResourcesSpec) -> Runtime:
+    """Return what runs an experiment's stages: this process at `workers: 0`, else Ray.
+
+    Raises:
+        ResourceError: The Ray cluster cannot be reached.
+    """
+    if resources.workers:
+        return RayRuntime(resources)
+    device = "cuda" if resources.gpus_per_worker else "cpu"
+    return InProcessRuntime(device, threads_per_worker(resources))
+
+
+def threads_per_worker(resources: ResourcesSpec) -> int:
+    """Return the CPU threads of a worker's torch."""
+    return max(1, int(resources.cpus_per_worker))
+
+
+class RayRuntime:
+    """Runs stages on Ray: batches on Ray Data, training on Ray Train.
+
+    Joins a session that this process already has, or opens one that lasts until `close`.
+
+    Args:
+        resources: Cluster address, number of workers, and what each of them needs.
+
+    Raises:
+        ResourceError: The cluster cannot be reached.
+    """
+
+    def __init__(self, resources: ResourcesSpec) -> None:
+        self._resources = resources
+        self._opened = not ray.is_initialized()
+        if self._opened:
+            connect(resources.address)
+        here = ray.get_runtime_context().get_node_id()
+        # On the driver's node: when that node is lost, the experiment is lost anyway.
+        placed = NodeAffinitySchedulingStrategy(here, soft=False)
+        stable = ray.remote(Stable).options(num_cpus=0, scheduling_strategy=placed)
+        self._stable: Any = stable.remote(threads_per_worker(resources))
+        if not resources.gpus_per_worker:  # imports overlap with what the driver does next
+            self._stable.warm.remote(here, min(resources.workers, os.cpu_count() or 1))
+
+    def map_batches(
+        self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
+    ) -> Spent:
+        tally = Tally(progress)
+        parts = UPath(Path(str(parts)).absolute()) if is_local(parts) else parts
+        todo = tally.skip_finished(batches, parts)
+        if todo:
+            self.wait_for(1)
+            work = data.compute(job, todo, parts, stable=self._stable, resources=self._resources)
+            for made in work:
+                tally.add(made)
+        return tally.spent()
+
+    def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
+        from qresafe.dist import train
+
+        self.wait_for(self._resources.workers)
+        ray.get(self._stable.rest.remote())  # training may need all memory
+        train.run(job, folder, progress, self._resources)
+
+    def wait_for(self, workers: int) -> None:
+        """Wait until the cluster is large enough for `workers` workers at a time.
+
+        Raises:
+            ResourceError: It is not after `wait_seconds`; a local cluster does not grow, so
+                nothing is waited for there.
+        """
+        wanted = self._resources
+        deadline = time.monotonic() + (0 if self._opened_locally() else wanted.wait_seconds)
+        while (places := count_places(wanted)) < workers:
+            if time.monotonic() >= deadline:
+                raise _too_small(wanted, workers, places)
+            time.sleep(1)
+
+    def close(self) -> None:
+        """End the engines, and the Ray session if this runtime opened it."""
+        ray.kill(self._stable)
+        if self._opened:
+            ray.shutdown()
+
+    def _opened_locally(self) -> bool:
+        return self._opened and not (self._resources.address or os.environ.get("RAY_ADDRESS"))
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start a local one, without chatter.
+
+    Raises:
+        ResourceError: Nothing answers there, or it asks for another token.
+    """
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
+    try:
+        with _hushed():
+            ray.init(target, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        remedy = "start it (ray start --head) or leave resources.address empty for a local one"
+        what = f"cannot join the Ray cluster ({' '.join(str(error).split())[:200]})"
+        raise ResourceError(what, where=target, remedy=remedy) from error
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep Ray's core from printing to the terminal, past Python's own stderr.
+
+    The pool actors of Ray Data make it print a harmless warning as an error at every stage, and
+    the variable that turns it off is itself announced. A level that the user set stays.
+    """
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    terminal = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def count_places(wanted: ResourcesSpec) -> int:
+    """Return how many workers the cluster's living nodes have room for, were they idle."""
+    places = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            supply = node["Resources"]
+            room = supply.get("CPU", 0.0) // wanted.cpus_per_worker
+            if wanted.gpus_per_worker:
+                room = min(room, supply.get("GPU", 0.0) // wanted.gpus_per_worker)
+            places += int(room)
+    return places
+
+
+def _too_small(wanted: ResourcesSpec, workers: int, places: int) -> ResourceError:
+    supply = ray.cluster_resources()
+    each = f"{wanted.cpus_per_worker:g} CPUs and {wanted.gpus_per_worker:g} GPUs"
+    what = (
+        f"{workers} workers with {each} each are wanted, but the cluster has "
+        f"{supply.get('CPU', 0):g} CPUs and {supply.get('GPU', 0):g} GPUs in all, "
+        f"room for {places}"
+    )
+    remedy = "lower resources.workers or what each of them needs, or add nodes"
+    return ResourceError(what, where="the Ray cluster", remedy=remedy)
