@@ -1,0 +1,17 @@
+"""The embedded model's own evaluation prompts, by axis and split."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from qresafe.embedded.corpus import evaluation_prompts
+from qresafe.specs import PromptSetSpec
+
+
+def load(spec: PromptSetSpec) -> pa.Table:
+    """Return the prompts of one axis; `spec.split` is "dev" (to choose on) or "test".
+
+    Raises:
+        DataError: No such split.
+    """
+    return evaluation_prompts(spec.axis, spec.split)
