@@ -58,6 +58,10 @@ class GenerateSpec(Spec):
     system_prompt: str | None = None
     endpoint: str | None = None  # base URL of an OpenAI-compatible server, for engine `openai`
     endpoint_model: str | None = None
+    # For engine `openai`; requests in flight, and how long and how often each is tried.
+    concurrency: AtLeastOne = 8
+    timeout_seconds: Positive = 60.0
+    retries: Count = 4
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerateSpec:
