@@ -133,12 +133,12 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         """
         target = Path(target)
         with built_aside(target) as copy:
-            for file in sorted(self.folder.iterdir()):
-                if file.is_file() and not file.name.startswith("."):
+            for file in self.folder.iterdir():
+                if file.is_file():
                     shutil.copyfile(file, copy / file.name)
-            for name in codes:
-                self._check_codes(name, codes[name])
-                tensor, packed = self.codec.pack(name, codes[name])
+            for name, changed in codes.items():
+                self._check_codes(name, changed)
+                tensor, packed = self.codec.pack(name, changed)
                 self.files.overwrite(copy, tensor, packed)
             if check is not None:
                 check(copy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +43,17 @@ class TensorFiles(Mapping[str, Tensor]):
 
     Args:
         folder: A model folder, sharded or not.
+        files: The files to take; None for the model's weights.
 
     Raises:
         ModelError: There are no safetensors.
         CorruptArtifactError: A header is malformed, or a file is missing or truncated.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Iterable[Path] | None = None) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
-        for file in weight_files(folder):
+        for file in weight_files(folder) if files is None else files:
             self.entries |= read_header(file)
 
     def __getitem__(self, name: str) -> Tensor:

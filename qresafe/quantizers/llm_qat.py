@@ -65,7 +65,7 @@ def quantize(
     return QuantizeResult(counts, target / CONTROL)
 
 
-class FittedRounding(nn.Module):
+class FittedRounding(nn.Module):  # type: ignore[misc]
     """Rounds a weight to the min-max grid of its own present value, straight-through."""
 
     def __init__(self, scheme: Scheme, stored: torch.dtype) -> None:

@@ -1,0 +1,233 @@
+"""*.qpatch: the few codes that a patch changes, in one safetensors file.
+
+Its tensors are packed sparse differences, "<layer>/<part>"; its metadata holds the sha256 of every
+file of Q0 and of Q. Nothing is written before Q0 (or, to revert, Q) has the expected hashes, and
+the result appears only once it has the other ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from qresafe.artifacts import hash_file, write_bytes
+from qresafe.core import sparse_patch
+from qresafe.core.sparse_patch import SparseDiff
+from qresafe.errors import CorruptArtifactError, ModelError
+from qresafe.hf.checkpoint import QuantizedCheckpoint
+from qresafe.hf.models import CONTENT
+
+FORMAT = "qpatch-1"
+REMEDY = "fetch or export the patch again"
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no separators: hashes name plain files
+State = Literal["base", "patched"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a patch belongs to.
+
+    Attributes:
+        base: File name -> sha256 of all files of Q0.
+        patched: The same of Q.
+        key: Of the patch stage's artefact: which training made it.
+    """
+
+    base: dict[str, str]
+    patched: dict[str, str]
+    key: str
+
+
+def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, Any]:
+    """Write the difference between two checkpoints that differ in codes only.
+
+    Args:
+        base: Q0's folder.
+        patched: Q's folder, made by `QuantizedCheckpoint.rewrite`.
+        target: The *.qpatch file to write.
+        key: Kept in the header.
+
+    Returns:
+        Counts: layers, codes, codes changed (in all and by layer), and bytes.
+    """
+    before, after = QuantizedCheckpoint.open(base), QuantizedCheckpoint.open(patched)
+    tensors: dict[str, Tensor] = {}
+    by_layer: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for name in before.names:
+        change = sparse_patch.diff(before.read(name).codes, after.read(name).codes)
+        sizes[name] = change.size
+        by_layer[name] = len(change.positions)
+        if by_layer[name]:
+            tensors |= {f"{name}/{part}": value for part, value in change.pack().items()}
+    header = Header(file_hashes(base), file_hashes(patched), key)
+    metadata = {"format": FORMAT, "header": json.dumps(asdict(header), sort_keys=True)}
+    write_bytes(target, save(tensors, metadata=metadata))
+    return _counts(by_layer, sizes, sum(t.nbytes for t in tensors.values()), target)
+
+
+def apply(patch: Path, base: Path, target: Path) -> dict[str, Any]:
+    """Write Q = Q0 + patch to the new folder `target`.
+
+    Raises:
+        ModelError: `base` is not the patch's Q0, or `target` exists.
+        CorruptArtifactError: The patch file is damaged.
+    """
+    return _convert(patch, base, target, "base", "patched")
+
+
+def revert(patch: Path, patched: Path, target: Path) -> dict[str, Any]:
+    """Write Q0 = Q - patch to the new folder `target`: Q0's files, byte for byte.
+
+    Raises:
+        ModelError: `patched` is not the patch's Q, or `target` exists.
+        CorruptArtifactError: The patch file is damaged.
+    """
+    return _convert(patch, patched, target, "patched", "base")
+
+
+def verify(patch: Path, checkpoint: Path) -> dict[str, Any]:
+    """Say whether a checkpoint is the patch's Q0 ("base") or its Q ("patched").
+
+    Raises:
+        ModelError: It is neither; the message names a file that differs.
+        CorruptArtifactError: The patch file is damaged.
+    """
+    header, changes = read(patch)
+    found = file_hashes(checkpoint)
+    for state in ("base", "patched"):
+        if found == getattr(header, state):
+            changed = sum(len(change.positions) for change in changes.values())
+            return {"checkpoint": state, "codes_changed": changed, "patch_key": header.key}
+    raise _stranger(found, header.base, checkpoint, "neither the patch's Q0 nor its Q")
+
+
+def read(patch: Path) -> tuple[Header, dict[str, SparseDiff]]:
+    """Read and check a whole patch file: its header and layer -> difference.
+
+    Raises:
+        CorruptArtifactError: Anything in it is missing, malformed or out of range.
+    """
+    if not Path(patch).is_file():
+        raise ModelError("no such patch file", where=str(patch), remedy="give a *.qpatch file")
+    try:
+        with safe_open(str(patch), framework="pt") as file:
+            metadata = file.metadata() or {}
+            packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(str(error), patch) from None
+    if metadata.get("format") != FORMAT:
+        what = f"format {metadata.get('format')!r} instead of {FORMAT!r}"
+        raise CorruptArtifactError(what, where=str(patch), remedy="use the matching qresafe")
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in packed.items():
+        layer, _, part = name.rpartition("/")
+        layers.setdefault(layer, {})[part] = tensor
+    changes = {
+        layer: sparse_patch.unpack(parts, f"{patch}, layer {layer!r}")
+        for layer, parts in layers.items()
+    }
+    return _header(metadata, patch), changes
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return file name -> sha256 of what makes the model: weights, config, tokenizer.
+
+    Raises:
+        ModelError: There is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise ModelError("no such checkpoint", where=str(folder), remedy="give its folder")
+    files = [file for file in sorted(Path(folder).iterdir()) if file.suffix in CONTENT]
+    return {file.name: hash_file(file) for file in files if file.is_file()}
+
+
+def _convert(patch: Path, source: Path, target: Path, have: State, want: State) -> dict[str, Any]:
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise ModelError(f"{target} exists already", remedy="give a new folder, or remove it")
+    header, changes = read(patch)
+    checkpoint = QuantizedCheckpoint.open(source)
+    found = file_hashes(source)
+    if found != getattr(header, have):
+        meant = "Q0" if have == "base" else "Q"
+        raise _stranger(found, getattr(header, have), source, f"not the patch's {meant}")
+    unknown = sorted(set(changes) - set(checkpoint.names))
+    if unknown:
+        raise _damaged(f"it names a layer {unknown[0]!r} that the checkpoint lacks", patch)
+
+    def check(made: Path) -> None:
+        if file_hashes(made) != getattr(header, want):
+            raise _damaged("the result does not have the hashes that it promises", patch)
+
+    step = SparseDiff.apply if have == "base" else SparseDiff.revert
+    checkpoint.rewrite(target, _Stepped(checkpoint, changes, step), check)
+    changed = sum(len(change.positions) for change in changes.values())
+    return {"checkpoint": want, "folder": str(target), "codes_changed": changed}
+
+
+class _Stepped(Mapping[str, Tensor]):
+    """Layer -> codes after (or before) the patch, computed one layer at a time."""
+
+    def __init__(
+        self, checkpoint: QuantizedCheckpoint, changes: Mapping[str, SparseDiff], step: Any
+    ) -> None:
+        self._checkpoint, self._changes, self._step = checkpoint, changes, step
+
+    def __getitem__(self, name: str) -> Tensor:
+        codes: Tensor = self._step(self._changes[name], self._checkpoint.read(name).codes)
+        return codes
+
+    def __iter__(self) -> Any:
+        return iter(self._changes)
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+
+def _header(metadata: Mapping[str, str], patch: Path) -> Header:
+    try:
+        header = Header(**json.loads(metadata["header"]))
+        names = [*header.base, *header.patched]
+        sound = header.base.keys() == header.patched.keys() and isinstance(header.key, str)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        raise _damaged("its header is malformed", patch) from None
+    odd = [name for name in names if not FILE_NAME.fullmatch(name)]
+    if odd or not sound:
+        raise _damaged(f"its header names the file {odd[0]!r}" if odd else "malformed", patch)
+    return header
+
+
+def _counts(
+    by_layer: dict[str, int], sizes: dict[str, int], packed: int, target: Path
+) -> dict[str, Any]:
+    changed, total = sum(by_layer.values()), sum(sizes.values())
+    return {
+        "codes": total,
+        "codes_changed": changed,
+        "fraction_changed": changed / total,
+        "changed_by_layer": by_layer,
+        "codes_by_layer": sizes,
+        "patch_bytes": target.stat().st_size,
+        "bytes_per_changed_code": packed / changed if changed else 0.0,
+    }
+
+
+def _stranger(
+    found: Mapping[str, str], meant: Mapping[str, str], folder: Path, what: str
+) -> ModelError:
+    differing = sorted(n for n in {*found, *meant} if found.get(n) != meant.get(n))
+    what = f"the checkpoint is {what} ({differing[0] if differing else 'a file'} differs)"
+    return ModelError(what, where=str(folder), remedy="use the checkpoint the patch was made for")
+
+
+def _damaged(what: str, patch: Path) -> CorruptArtifactError:
+    return CorruptArtifactError(f"damaged patch: {what}", where=str(patch), remedy=REMEDY)

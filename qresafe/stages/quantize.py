@@ -1,0 +1,77 @@
+"""Stage: W becomes Q0 (checkpoint/), and where the method fine-tunes, its control (control/)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from qresafe.artifacts import Artifact, Run, hash_file
+from qresafe.errors import DataError
+from qresafe.hf.warm import ModelInput
+from qresafe.progress import Progress, Silent
+from qresafe.registry import quantizers
+from qresafe.specs import LlmQatSpec, QuantizeSpec
+from qresafe.storage import built_locally
+
+CODE_VERSION = 1
+
+
+def quantize(
+    run: Run,
+    model: ModelInput,
+    spec: QuantizeSpec,
+    progress: Progress | None = None,
+    *,
+    control: bool = True,
+) -> Artifact:
+    """Quantize a model into `checkpoint/`, which plain transformers loads.
+
+    Args:
+        run: Where the artefact goes.
+        model: W, full precision.
+        spec: The method and its settings.
+        progress: Is told of layers or steps done.
+        control: Also make `control/`: the same fine-tuning in full precision, where the method
+            fine-tunes.
+
+    Raises:
+        UserError: What the method says of the model or its calibration data.
+    """
+    shown = progress or Silent()
+    source = model.ref.on_this_machine()
+
+    def work(folder: UPath) -> Mapping[str, Any]:
+        method = quantizers.get(spec.method)
+        seed = getattr(spec, "seed", 0)
+        with built_locally(folder) as target:
+            made = method(source.path, target, spec, seed=seed, control=control, progress=shown)
+            sizes = {"checkpoint_bytes": folder_bytes(target / "checkpoint")}
+        return dict(made.counts) | sizes | {"control": made.control is not None}
+
+    artifact = run.stage(
+        "quantize",
+        spec=spec.model_dump(mode="json") | {"control": control},
+        inputs={"model": model.key} | _calibration_file(spec),
+        code_version=CODE_VERSION,
+        work=work,
+    )
+    shown.finish(reused=artifact.reused)
+    return artifact
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in `folder` together."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _calibration_file(spec: QuantizeSpec) -> dict[str, str]:
+    if not isinstance(spec, LlmQatSpec) or spec.calibration.path is None:
+        return {}
+    path = Path(spec.calibration.path)
+    if not path.is_file():
+        remedy = "give a JSONL file as quantize.calibration.path"
+        raise DataError("no such calibration file", where=str(path), remedy=remedy)
+    return {"calibration": hash_file(path)}

@@ -1,0 +1,128 @@
+"""Fine-tuning through rounded weights, on a tiny model and a user's chats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qresafe.core.grids import fit_uniform
+from qresafe.errors import DataError
+from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
+from qresafe.hf.models import load_model
+from qresafe.quantizers.calibration import read_chats
+from qresafe.quantizers.llm_qat import quantize, round_tokens
+from qresafe.specs import CalibrationSpec, LlmQatSpec
+
+IDS = torch.arange(10, 40)[None]
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]
+        for word in ("red", "green", "blue", "white")
+    ]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return path
+
+
+def spec(chats: Path, **changes: object) -> LlmQatSpec:
+    plain = {"bits": 3, "group_size": 32, "steps": 6, "batch_size": 4, "lr": 3e-3}
+    return LlmQatSpec(calibration=CalibrationSpec(path=str(chats)), **(plain | changes))
+
+
+def test_both_arms_learn_and_share_what_is_not_trained(
+    tiny_llama: Path, tmp_path: Path, chats: Path
+) -> None:
+    result = quantize(tiny_llama, tmp_path, spec(chats, steps=12))
+    assert result.control == tmp_path / "control"
+    for losses in (result.counts["losses"], result.counts["control_losses"]):
+        assert losses[-1] < 0.8 * losses[0]
+    source = load_file(tiny_llama / "model.safetensors")
+    control = load_file(tmp_path / "control" / "model.safetensors")
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "checkpoint")
+    moved = {name for name in source if not torch.equal(source[name], control[name])}
+    assert moved == {f"{name}.weight" for name in checkpoint.names}
+    for name in checkpoint.plain_names():
+        assert torch.equal(checkpoint.files[name], source[name])
+
+
+def test_the_trained_forward_pass_is_the_deployed_one(
+    tiny_llama: Path, tmp_path: Path, chats: Path
+) -> None:
+    # No step's update is applied after the last loss but the last one: with lr 0 the loss that
+    # training saw is the loss of the checkpoint, roundings of activations and KV included.
+    quiet = spec(chats, lr=1e-12, steps=1, activation_bits=8, kv_bits=4)
+    losses = quantize(tiny_llama, tmp_path, quiet, control=False).counts["losses"]
+    from qresafe.hf.chat import chat_ids
+    from qresafe.hf.finetune import answer_logits
+    from qresafe.hf.models import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_llama)
+    batch = [chat_ids(tokenizer, chat) for chat in read_chats(chats)]
+    deployed = load_model(tmp_path / "checkpoint")
+    with torch.no_grad():
+        logits, targets = answer_logits(deployed, batch)
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+    assert loss.item() == pytest.approx(losses[0], rel=1e-5)
+    plain, _ = load_dense(tmp_path / "checkpoint")
+    with torch.no_grad():
+        other, _ = answer_logits(plain, batch)
+    assert not torch.allclose(other, logits, rtol=1e-3)  # the roundings are really deployed
+
+
+def test_the_same_call_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path, chats: Path) -> None:
+    for name in ("a", "b"):
+        quantize(tiny_llama, tmp_path / name, spec(chats, loss="self_distill", adam_eps=1e-4))
+    for arm in ("checkpoint", "control"):
+        made = [tmp_path / n / arm / "model.safetensors" for n in ("a", "b")]
+        assert made[0].read_bytes() == made[1].read_bytes()
+
+
+def test_tokens_are_rounded_as_compressed_tensors_does() -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    for bits in (4, 8):
+        args = QuantizationArgs(num_bits=bits, symmetric=True, strategy="token", dynamic=True)
+        scale, zero = compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+        expected = fake_quantize(x, scale, zero, args)
+        assert torch.equal(round_tokens(x, bits), expected)
+
+
+def test_the_checkpoint_holds_the_grid_of_the_last_latent(
+    tiny_llama: Path, tmp_path: Path, chats: Path
+) -> None:
+    # With a vanishing rate the latent is W itself, so Q0 must be W rounded to nearest.
+    quantize(tiny_llama, tmp_path, spec(chats, lr=1e-30, steps=1), control=False)
+    source = load_file(tiny_llama / "model.safetensors")
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "checkpoint")
+    for name in checkpoint.names:
+        grid = fit_uniform(source[f"{name}.weight"], 3, 32, symmetric=False)
+        assert torch.equal(checkpoint.read(name).codes, grid.encode(source[f"{name}.weight"]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "no list of two"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "no list of two"),
+        ('{"messages": [{"role": "u"}, {}]}', "role"),
+        ('{"messages": [{"role": "user", "content": ""}, {}]}', "content"),
+        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
+         "last message"),
+    ],
+)  # fmt: skip
+def test_a_malformed_line_is_named_by_number(chats: Path, line: str, message: str) -> None:
+    with chats.open("a") as file:
+        file.write("\n" + line + "\n")  # lines 5 (blank) and 6
+    with pytest.raises(DataError, match=rf"{message}.*line 6"):
+        read_chats(chats)
