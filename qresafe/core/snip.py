@@ -52,10 +52,11 @@ class SnipScorer:
         keep_bytes: int = 1 << 26,
     ) -> None:
         self.layers = dict(layers)
-        self.samples = 0
-        spill = 4 * sum(_weight(layer).numel() for layer in self.layers.values()) > keep_bytes
+        shapes = {name: _shape(layer) for name, layer in self.layers.items()}
+        spill = 4 * sum(shape.numel() for shape in shapes.values()) > keep_bytes
         self._sums = {
-            name: _zeros(_weight(layer), folder, spill) for name, layer in self.layers.items()
+            name: _zeros(shape, self.layers[name].weight, folder, spill)
+            for name, shape in shapes.items()
         }
         self._stack = ExitStack()
 
@@ -141,17 +142,22 @@ def _accumulate(total: Tensor, inputs: Tensor, gradient: Tensor) -> None:
 
 def _weight(layer: nn.Module) -> Tensor:
     effective = getattr(layer, "effective_weight", None)
-    weight = layer.weight if effective is None else effective()
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ModelError(f"{type(layer).__name__} has no matrix weight", where="SNIP scoring")
+    weight: Tensor = layer.weight if effective is None else effective()
     return weight.detach()
 
 
-def _zeros(weight: Tensor, folder: Path | None, spill: bool) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if not spill:
-        return torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-    return _mapped_zeros(weight.shape, dtype, folder)
+def _shape(layer: nn.Module) -> torch.Size:
+    # Not the weight's own shape: under ZeRO-3 that is empty between forward passes.
+    if not hasattr(layer, "out_features") or not hasattr(layer, "in_features"):
+        raise ModelError(f"{type(layer).__name__} has no matrix weight", where="SNIP scoring")
+    return torch.Size((layer.out_features, layer.in_features))
+
+
+def _zeros(shape: torch.Size, like: Tensor, folder: Path | None, spill: bool) -> Tensor:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if spill:
+        return _mapped_zeros(shape, dtype, folder)
+    return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 def _mapped_zeros(shape: torch.Size, dtype: torch.dtype, folder: Path | None) -> Tensor:
