@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,10 +19,7 @@ from qresafe.commands.options import (
     Workers,
     experiment,
 )
-from qresafe.commands.running import Arms, execute
-
-if TYPE_CHECKING:
-    from qresafe.stages.experiment import Experiment
+from qresafe.commands.running import Arms, execute, wanted
 
 
 class Scenario(StrEnum):
@@ -54,7 +51,7 @@ def demo(
         storage=storage,
         name=f"{PRESETS[scenario]}-seed{seed}" if seed else None,
     )
-    execute(spec, lambda e: e.report, as_json=as_json)
+    execute(spec, wanted("report"), as_json=as_json)
 
 
 def show(
@@ -102,11 +99,11 @@ def generate(
     name = name or (None if config else "files")
     overrides = [*own, *(overrides or [])]
     spec = experiment(config, overrides, workers=workers, storage=storage, name=name)
-    execute(spec, lambda e: [e.completions(arm) for arm in arms or ["W"]], as_json=as_json)
+    execute(spec, wanted("generate", arms or ["W"]), as_json=as_json)
 
 
-def _up_to(want: Callable[[Experiment], Any], summary: str) -> Callable[..., None]:
-    """Return the command that computes what `want` asks of an experiment."""
+def _up_to(stage: str, summary: str) -> Callable[..., None]:
+    """Return the command that runs an experiment up to and with `stage`."""
 
     def command(
         config: Config,
@@ -117,23 +114,15 @@ def _up_to(want: Callable[[Experiment], Any], summary: str) -> Callable[..., Non
         as_json: AsJson = False,
     ) -> None:
         spec = experiment(config, overrides, workers=workers, storage=storage, name=name)
-        execute(spec, want, as_json=as_json)
+        execute(spec, wanted(stage), as_json=as_json)
 
     command.__doc__ = summary
     return command
 
 
-run = _up_to(
-    lambda e: e.report, "Run a whole experiment: W, Q0, pairs, patch, export, compare, report."
-)
-quantize = _up_to(
-    lambda e: e.quantized, "Make Q0, the low-bit checkpoint, and its full-precision control."
-)
-pairs = _up_to(
-    lambda e: e.pairs, "Let W and Q0 answer the calibration pool, and keep what they differ in."
-)
-patch = _up_to(lambda e: e.patched, "Train the masked low-rank update on the pairs.")
-export = _up_to(
-    lambda e: e.exported, "Write Q in Q0's own format, and the difference as patch.qpatch."
-)
-report = _up_to(lambda e: e.report, "Write report.html, report.json and model_card.md.")
+run = _up_to("report", "Run a whole experiment: W, Q0, pairs, patch, export, compare, report.")
+quantize = _up_to("quantize", "Make Q0, the low-bit checkpoint, and its full-precision control.")
+pairs = _up_to("pairs", "Let W and Q0 answer the calibration pool; keep what they differ in.")
+patch = _up_to("patch", "Train the masked low-rank update on the pairs.")
+export = _up_to("export", "Write Q in Q0's own format, and the difference as patch.qpatch.")
+report = _up_to("report", "Write report.html, report.json and model_card.md.")

@@ -17,7 +17,7 @@ from qresafe.commands.options import (
     Workers,
     experiment,
 )
-from qresafe.commands.running import Arms, chosen_arms, execute, stage_data, tell_comparison
+from qresafe.commands.running import Arms, execute, stage_data, tell_comparison, wanted
 from qresafe.errors import SpecError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def judge(
     """Judge completions with every judge of `evaluate.judges`; judging never generates again."""
     if not _is_file(source):
         spec = experiment(source, overrides, workers=workers, storage=storage, name=name)
-        execute(spec, lambda e: [e.verdicts(a) for a in chosen_arms(e, arms)], as_json=as_json)
+        execute(spec, wanted("judge", arms), as_json=as_json)
         return
     from qresafe.console import progress_on
 
@@ -80,7 +80,7 @@ def compare(
     """Compare models on the same prompts: shares, intervals, paired flips, attribution."""
     if len(sources) == 1:
         spec = experiment(sources[0], overrides, workers=workers, storage=storage, name=name)
-        execute(spec, lambda e: e.comparison, as_json=as_json)
+        execute(spec, wanted("compare"), as_json=as_json)
         return
     from qresafe.artifacts import Run
     from qresafe.console import progress_on

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qresafe.errors import SpecError, nearest
 from qresafe.specs import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -25,12 +27,41 @@ Arms = Annotated[
 ]
 
 
-def chosen_arms(experiment: Experiment, arms: Sequence[str] | None) -> Sequence[str]:
-    """Return the arms that were asked for, else all that the experiment has."""
-    return arms or experiment.arms
+Want = Callable[["Experiment"], Any]  # asks an experiment for an artefact
+
+# A stage's name -> what it is called in `Experiment`.
+PROPERTIES = {
+    "quantize": "quantized",
+    "pairs": "pairs",
+    "reference": "reference",
+    "patch": "patched",
+    "export": "exported",
+    "compare": "comparison",
+    "report": "report",
+}
+STAGES = (*PROPERTIES, "generate", "judge")
 
 
-def execute(spec: ExperimentSpec, want: Callable[[Experiment], Any], *, as_json: bool) -> Any:
+def wanted(stage: str, arms: Sequence[str] | None = None) -> Want:
+    """Return what asks an experiment for a stage's artefact.
+
+    Args:
+        stage: One of `STAGES`.
+        arms: For generate and judge: which arms; default all.
+
+    Raises:
+        SpecError: There is no such stage.
+    """
+    if stage == "generate":
+        return lambda experiment: [experiment.completions(arm) for arm in arms or experiment.arms]
+    if stage == "judge":
+        return lambda experiment: [experiment.verdicts(arm) for arm in arms or experiment.arms]
+    if stage not in PROPERTIES:
+        raise SpecError(f"unknown stage {stage!r}", remedy=nearest(stage, STAGES))
+    return attrgetter(PROPERTIES[stage])
+
+
+def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
     """Compute what `want` asks of an experiment, tell of it on stdout, and return it.
 
     Args:
@@ -46,12 +77,12 @@ def execute(spec: ExperimentSpec, want: Callable[[Experiment], Any], *, as_json:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
         with closing(_started(spec, progress)) as experiment.runtime:
-            wanted = want(experiment)
+            result = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))
     else:
         _tell(experiment)
-    return wanted
+    return result
 
 
 def _started(spec: ExperimentSpec, progress: Progress) -> Runtime:

@@ -1,0 +1,41 @@
+"""What all jobs share: their options, and a storage that outlives them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from upath import UPath
+
+from qresafe.artifacts import is_local
+from qresafe.commands.options import Name, Overrides, Storage, Workers, experiment
+from qresafe.presets import preset_names
+from qresafe.specs import ExperimentSpec
+
+__all__ = ["Name", "Overrides", "Preset", "Storage", "Workers", "job_experiment"]
+
+Preset = Annotated[
+    str,
+    typer.Option("--preset", help=f"A preset ({', '.join(preset_names())}) or a YAML file."),
+]
+
+
+def job_experiment(
+    preset: str,
+    overrides: list[str] | None,
+    workers: int | None,
+    storage: str | None,
+    name: str | None,
+) -> ExperimentSpec:
+    """Return the experiment of a job, with a storage outside the job's working directory.
+
+    That directory is a copy that Ray deletes: a relative storage is put under $QRESAFE_STORAGE,
+    or ~/qresafe.
+    """
+    spec = experiment(preset, overrides, workers=workers, storage=storage, name=name)
+    if not is_local(UPath(spec.storage)):
+        return spec
+    root = Path(os.environ.get("QRESAFE_STORAGE") or "~/qresafe").expanduser()
+    return spec.model_copy(update={"storage": str(root / Path(spec.storage).expanduser())})
