@@ -45,6 +45,15 @@ quantizers = Registry(
     },
 )
 
+engines = Registry(
+    "engine",
+    {
+        "transformers": "qresafe.stages.engines:TransformersJob",
+        "vllm": "qresafe.stages.engines:VllmJob",
+        "openai": "qresafe.stages.endpoint:EndpointJob",
+    },
+)
+
 judges = Registry(
     "judge",
     {

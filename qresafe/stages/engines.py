@@ -1,17 +1,21 @@
-"""What computes completions: one `BatchJob` per engine of `GenerateSpec`."""
+"""What computes completions from a model's files: the engines `transformers` and `vllm`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
+from qresafe.errors import DataError, ResourceError
+from qresafe.hf.chat import prompt_ids
+from qresafe.hf.models import load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.records import COMPLETION, PROMPT
 from qresafe.specs import GenerateSpec
-from qresafe.stages.runtime import BatchFunction, Row
+from qresafe.stages.runtime import BatchFunction, BatchJob, Row
+from qresafe.storage import local_folder
 
 # A part holds what was generated; the prompts' own columns join it when the stage assembles.
 ANSWER = pa.schema(
@@ -20,15 +24,30 @@ ANSWER = pa.schema(
 )
 
 
+class Engine(BatchJob, Protocol):
+    """A `BatchJob` that completes prompts, made from (model, spec)."""
+
+    def requests(self, prompts: Sequence[Row]) -> list[Row]:
+        """Check all that can be checked before the work, and turn prompts into requests.
+
+        Args:
+            prompts: Rows of `records.PROMPT`.
+
+        Returns:
+            Plain rows with prompt_id, prompt_ids, target_ids (empty: none), `size` (what rows of
+            a batch should have in common) and whatever else the engine needs.
+        """
+
+
 @dataclass(frozen=True)
 class TransformersJob:
-    """Completions by plain transformers in the worker's process.
-
-    Rows hold prompt_id, sample, prompt_ids and target_ids (empty without a target).
-    """
+    """Completions by plain transformers in the worker's process."""
 
     model: ModelInput
     spec: GenerateSpec
+
+    def requests(self, prompts: Sequence[Row]) -> list[Row]:
+        return tokenize(self.model, prompts, self.spec)
 
     def setup(self, device: str) -> BatchFunction:
         from qresafe.hf.generate import generate_batch, sequence_logps
@@ -64,17 +83,82 @@ class TransformersJob:
         return compute
 
 
+@dataclass(frozen=True)
+class VllmJob:
+    """Completions by vLLM, which only the Ray runtime can run (`qresafe.dist.vllm`).
+
+    Targets are not scored, and vLLM's kernels make results depend on what shares a batch.
+    """
+
+    model: ModelInput
+    spec: GenerateSpec
+
+    def requests(self, prompts: Sequence[Row]) -> list[Row]:
+        return [row | {"target_ids": []} for row in tokenize(self.model, prompts, self.spec)]
+
+    def setup(self, device: str) -> BatchFunction:
+        remedy = "set resources.workers and resources.gpus_per_worker, or use engine transformers"
+        raise ResourceError("engine 'vllm' runs on Ray workers with a GPU each", remedy=remedy)
+
+
+def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> list[Row]:
+    """Return request rows with prompt_ids, target_ids and size.
+
+    Raises:
+        DataError: A prompt with its answer or target is longer than the model's context.
+        ModelError: The tokenizer has no chat template, or it takes no system prompt.
+    """
+    ref = model.ref
+    tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
+    context = context_length(ref.path, ref.trust_remote_code)
+    rows = []
+    for prompt in prompts:
+        ids = prompt_ids(tokenizer, prompt["prompt"], spec.system_prompt)
+        target = tokenizer.encode(prompt["target"] or "", add_special_tokens=False)
+        room = max(spec.max_new_tokens, len(target))
+        if context is not None and len(ids) + room > context:
+            what = f"the prompt's {len(ids)} tokens and {room} of its answer exceed the context"
+            remedy = "shorten the prompt or lower generate.max_new_tokens"
+            where = f"prompt {prompt['prompt_id']!r} (context: {context} tokens)"
+            raise DataError(what, where=where, remedy=remedy)
+        rows.append(
+            {
+                "prompt_id": prompt["prompt_id"],
+                "prompt_ids": ids,
+                "target_ids": target,
+                "size": len(ids),
+            }
+        )
+    return rows
+
+
+def context_length(path: str, trust_remote_code: bool = False) -> int | None:
+    """Return how many positions a model was made for; None if its config does not say."""
+    from transformers import AutoConfig
+
+    folder = local_folder(path)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
 def answer_row(
-    row: Row, *, text: str = "", ids: Sequence[int] = (), finish: str, error: str | None = None
+    row: Row,
+    *,
+    finish: str,
+    text: str = "",
+    ids: Sequence[int] = (),
+    new_tokens: int | None = None,
+    error: str | None = None,
 ) -> Row:
-    """Return a row of `ANSWER` for a request row."""
+    """Return a row of `ANSWER` for a request row; new_tokens for engines that show no ids."""
     return {
         "prompt_id": row["prompt_id"],
         "sample": row["sample"],
         "completion": text,
         "completion_ids": list(ids),
         "prompt_tokens": len(row["prompt_ids"]),
-        "new_tokens": len(ids),
+        "new_tokens": len(ids) if new_tokens is None else new_tokens,
         "finish": finish,
         "error": error,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +14,24 @@ from upath import UPath
 from qresafe.artifacts import Artifact, Run, content_key
 from qresafe.errors import CorruptArtifactError, DataError
 from qresafe.hf.batching import length_plan
-from qresafe.hf.chat import prompt_ids
-from qresafe.hf.models import load_tokenizer
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
 from qresafe.records import COMPLETION, PROMPT, require_columns
+from qresafe.registry import engines
 from qresafe.specs import GenerateSpec
-from qresafe.stages.engines import TransformersJob
-from qresafe.stages.runtime import Batch, BatchJob, Row, Runtime, Spent, read_parts, write_table
+from qresafe.stages.engines import Engine
+from qresafe.stages.runtime import Batch, Runtime, Spent, read_parts, write_table
 
 CODE_VERSION = 1
 FILE = "completions.parquet"
+PATIENCE = {"concurrency", "timeout_seconds", "retries"}  # do not change what is asked for
 
 
 def generate(
     run: Run,
     *,
     label: str,
-    model: ModelInput,
+    model: ModelInput | None,
     prompts: pa.Table,
     spec: GenerateSpec,
     runtime: Runtime,
@@ -42,7 +42,7 @@ def generate(
     Args:
         run: Where the result goes.
         label: What the model is called in the display ("W", "Q0", ...); not part of the key.
-        model: The model; with engine `openai` only its key is used.
+        model: The model; None for engine `openai`, where the endpoint is the model.
         prompts: A table with the columns of `records.PROMPT`; ids are unique.
         spec: How to generate.
         runtime: Where to compute.
@@ -54,7 +54,8 @@ def generate(
 
     Raises:
         DataError: Empty table, empty prompt, repeated id, or a prompt that exceeds the context.
-        ModelError: No chat template, or the template takes no system prompt.
+        ModelError: No chat template, or the template takes no system prompt; or the endpoint
+            cannot be reached or refuses the key.
     """
     prompts = check_prompts(prompts)
 
@@ -71,8 +72,8 @@ def generate(
 
     made = run.stage(
         "generate",
-        spec=spec.model_dump() | {"dtype": model.ref.dtype},
-        inputs={"model": model.key, "prompts": content_key(prompts.to_pylist())},
+        spec=spec.model_dump(exclude=PATIENCE) | {"dtype": model.ref.dtype if model else None},
+        inputs={"model": model.key if model else "", "prompts": table_key(prompts)},
         code_version=CODE_VERSION,
         work=work,
     )
@@ -80,6 +81,11 @@ def generate(
         progress.start(f"generate {label}")
         progress.finish(reused=True)
     return made
+
+
+def table_key(table: pa.Table) -> str:
+    """Return a hash of a table's content."""
+    return content_key(table.to_pylist())
 
 
 def check_prompts(prompts: pa.Table) -> pa.Table:
@@ -104,7 +110,7 @@ def check_prompts(prompts: pa.Table) -> pa.Table:
 class Planned:
     """The work of one call: a job and its batches."""
 
-    job: BatchJob
+    job: Engine
     batches: list[Batch]
 
     @property
@@ -112,60 +118,24 @@ class Planned:
         return sum(len(batch.rows) for batch in self.batches)
 
 
-def plan(model: ModelInput, prompts: pa.Table, spec: GenerateSpec) -> Planned:
-    """Tokenize, check lengths, and group rows of similar length, the longest first.
+def plan(model: ModelInput | None, prompts: pa.Table, spec: GenerateSpec) -> Planned:
+    """Check what the engine needs and group rows of similar length, the longest first.
 
     The plan depends on nothing but its arguments, so a resumed run finds its parts again.
     """
-    tokenized = tokenize(model, prompts.to_pylist(), spec)
+    job: Engine = engines.get(spec.engine)(model, spec)
     requests = [
         row | {"sample": sample, "target_ids": row["target_ids"] if sample == 0 else []}
-        for row in tokenized
+        for row in job.requests(prompts.to_pylist())
         for sample in range(spec.samples)
     ]
-    groups = length_plan([len(row["prompt_ids"]) for row in requests], spec.batch_size)
+    groups = length_plan([row["size"] for row in requests], spec.batch_size)
     # The longest first: memory is short at once or never, and the last batches are short ones.
     batches = [
         Batch(index, [requests[row] for row in group])
         for index, group in enumerate(reversed(groups))
     ]
-    return Planned(TransformersJob(model, spec), batches)
-
-
-def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> list[Row]:
-    """Return request rows with prompt_ids and target_ids.
-
-    Raises:
-        DataError: A prompt with its answer or target is longer than the model's context.
-        ModelError: The tokenizer has no chat template, or it takes no system prompt.
-    """
-    ref = model.ref
-    tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
-    context = context_length(ref.path, ref.trust_remote_code)
-    rows = []
-    for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt["prompt"], spec.system_prompt)
-        target = tokenizer.encode(prompt["target"] or "", add_special_tokens=False)
-        room = max(spec.max_new_tokens, len(target))
-        if context is not None and len(ids) + room > context:
-            what = f"the prompt's {len(ids)} tokens and {room} of its answer exceed the context"
-            remedy = "shorten the prompt or lower generate.max_new_tokens"
-            where = f"prompt {prompt['prompt_id']!r} (context: {context} tokens)"
-            raise DataError(what, where=where, remedy=remedy)
-        rows.append({"prompt_id": prompt["prompt_id"], "prompt_ids": ids, "target_ids": target})
-    return rows
-
-
-def context_length(path: str, trust_remote_code: bool = False) -> int | None:
-    """Return how many positions a model was made for; None if its config does not say."""
-    from transformers import AutoConfig
-
-    from qresafe.storage import local_folder
-
-    folder = local_folder(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
+    return Planned(job, batches)
 
 
 def assemble(prompts: pa.Table, answers: pa.Table, samples: int) -> pa.Table:
