@@ -82,13 +82,14 @@ def compare(
         spec = experiment(sources[0], overrides, workers=workers, storage=storage, name=name)
         execute(spec, wanted("compare"), as_json=as_json)
         return
+    labelled = _labelled(sources)
     from qresafe.artifacts import Run
     from qresafe.console import progress_on
     from qresafe.stages.compare import compare as compare_stage
 
     spec = _file_spec(overrides, storage, name)
     with progress_on() as progress:
-        named = {label: _judged(spec, path, progress) for label, path in _labelled(sources)}
+        named = {label: _judged(spec, path, progress) for label, path in labelled}
         made = compare_stage(Run(spec.storage, spec.name), named, progress)
     if as_json:
         typer.echo((made.path / "comparison.json").read_text())
