@@ -1,0 +1,165 @@
+"""The embedded model's results over seeds: scenarios, controls and ablations (bench/demo.yaml).
+
+    python -m bench.demo                  # every row, seeds 0 1 2: writes docs/results-demo.md
+    python -m bench.demo --split dev --only "risk III"
+
+Everything runs in this process; finished stages are reused, so an interrupted run continues.
+Choices are made with `--split dev`; the committed table is the test split, looked at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+AXES = ("harmful", "benign", "borderline")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model's figures with one seed; shares in [0, 1]."""
+
+    scenario: str
+    label: str
+    seed: int
+    n: dict[str, int]
+    measures: dict[str, float | None]
+    rouge_l: float | None
+    codes_changed: float | None
+    patch_bytes_per_code: float | None
+    seconds: float | None  # of training the patch
+
+
+def main() -> None:
+    """Measure what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--only", nargs="*", help="scenarios, and 'rounding'")
+    parser.add_argument("--storage", default=".bench")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    plan = yaml.safe_load((HERE / "demo.yaml").read_text())
+    wanted = args.only or [*plan["scenarios"], "rounding"]
+    with ProcessPoolExecutor(args.processes) as pool:
+        tasks = [
+            pool.submit(measure_part, part, seed, args.split, args.storage)
+            for part in wanted
+            for seed in args.seeds
+        ]
+        cells = [cell for task in tasks for cell in task.result()]
+    from bench.demo_page import page
+
+    text = page(cells, args.split)
+    print(text)
+    out = args.out or (HERE.parent / "docs" / "results-demo.md" if args.split == "test" else None)
+    if out:
+        out.write_text(text)
+        lines = [json.dumps(asdict(cell)) for cell in cells]
+        Path(args.storage, f"cells-{args.split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def measure_part(part: str, seed: int, split: str, storage: str) -> list[Cell]:
+    """Measure every row of one scenario (or of `rounding`) with one seed, on one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    plan = yaml.safe_load((HERE / "demo.yaml").read_text())
+    if part == "rounding":
+        return [
+            measure(_experiment("demo", seed, split, storage, row), "rounding", row["label"], "Q0")
+            for row in plan["rounding"]
+        ]
+    return list(_scenario(part, plan, seed, split, storage))
+
+
+def _scenario(part: str, plan: Any, seed: int, split: str, storage: str) -> Iterator[Cell]:
+    scenario = plan["scenarios"][part]
+    base = scenario.get("set", {})
+    experiment = _experiment(scenario["preset"], seed, split, storage, base)
+    for arm in ("W", "control", "Q0", "Q"):
+        yield measure(experiment, part, arm, arm)
+    for variant in plan["variants"]:
+        if variant["scenario"] != part:
+            continue
+        settings = merged(base, {"patch": variant.get("set", {})})
+        experiment = _experiment(scenario["preset"], seed, split, storage, settings)
+        yield measure(experiment, part, variant["label"], variant.get("arm", "Q"))
+
+
+def _experiment(
+    preset: str, seed: int, split: str, storage: str, settings: Mapping[str, Any]
+) -> Any:
+    from qresafe.embedded.build import embedded_model_path
+    from qresafe.presets import load_experiment
+    from qresafe.stages.experiment import Experiment
+    from qresafe.stages.runtime import InProcessRuntime
+
+    spec = load_experiment(preset).model_dump(mode="json")
+    if "method" in settings.get("quantize", {}):
+        spec["quantize"] = {}  # another method has other keys
+    seeds: dict[str, Any] = {"pairs": {"seed": seed}, "patch": {"seed": seed}}
+    if settings.get("quantize", {}).get("method", "llm_qat") == "llm_qat":
+        seeds["quantize"] = {"seed": seed}
+    own = {
+        "name": f"seed{seed}",
+        "storage": storage,
+        "model": {"path": str(embedded_model_path(seed))},
+        "evaluate": {"prompts": [{"axis": axis, "split": split} for axis in AXES]},
+        "resources": {"workers": 0},
+    }
+    given = {key: value for key, value in settings.items() if key != "label"}
+    if isinstance(given.get("patch", {}).get("objective"), str):
+        spec["patch"].pop("objective")
+    if "calibration" in given.get("quantize", {}):
+        spec["quantize"].pop("calibration")  # its size depends on the risk level
+    for part in (seeds, own, given):
+        spec = merged(spec, part)
+    from qresafe.specs import ExperimentSpec
+
+    return Experiment(ExperimentSpec.model_validate(spec), InProcessRuntime())
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the keys of `over`, mapping by mapping."""
+    result = dict(base)
+    for key, value in over.items():
+        mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if mappings else value
+    return result
+
+
+def measure(experiment: Any, scenario: str, label: str, arm: str) -> Cell:
+    """Measure one arm of an experiment, as reloaded from disk."""
+    from qresafe.stages.compare import compare, read_comparison
+
+    judged = experiment.completions(arm), experiment.verdicts(arm)
+    found = read_comparison(compare(experiment.run, {arm: judged}, experiment.progress, []))
+    result = found.arms[0]
+    patched = arm in ("Q", "adapter")
+    exported = experiment.exported.manifest.counts if patched else {}
+    print(f"seed {experiment.spec.patch.seed}: {scenario}, {label}", flush=True)
+    return Cell(
+        scenario=scenario,
+        label=label,
+        seed=experiment.spec.patch.seed,
+        n={name: share.n for name, share in result.measures.items()},
+        measures={name: share.share for name, share in result.measures.items()},
+        rouge_l=result.utility.rouge_l if result.utility else None,
+        codes_changed=exported.get("fraction_changed") if arm == "Q" else None,
+        patch_bytes_per_code=exported.get("bytes_per_changed_code") if arm == "Q" else None,
+        seconds=experiment.patched.manifest.counts["seconds"] if patched else None,
+    )
+
+
+if __name__ == "__main__":
+    main()
