@@ -20,7 +20,7 @@ from upath import UPath
 from qresafe.core.grids import QuantizedTensor
 from qresafe.errors import ModelError
 from qresafe.hf.formats.base import Codec
-from qresafe.hf.models import check_folder, read_config
+from qresafe.hf.models import check_folder, load_config, read_config
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.storage import local_folder
 
@@ -211,9 +211,9 @@ def load_dense(
 
 def model_from_state(folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """Return the full-precision model that `folder`'s config describes, with weights `state`."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

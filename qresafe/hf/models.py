@@ -233,6 +233,20 @@ def load_model(
     return model.eval()
 
 
+def load_config(folder: Path) -> Any:
+    """Return transformers' own config object of a model folder.
+
+    Raises:
+        ModelError: transformers does not know the model type.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise _load_failure(error, folder) from error
+
+
 def _load_failure(error: Exception, folder: Path) -> ModelError:
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:

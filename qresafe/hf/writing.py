@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qresafe.core.grids import QuantizedTensor, UniformGrid
 from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, built_aside
-from qresafe.hf.models import CONTENT, read_config
+from qresafe.hf.models import CONTENT, load_config, read_config
 from qresafe.hf.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
@@ -55,11 +55,15 @@ class Scheme:
 
 def linear_layers(folder: Path) -> list[str]:
     """Return the names of a causal LM's `nn.Linear` modules, without loading its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    config = load_config(folder)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        what = f"{type(config).__name__} is not a causal language model"
+        raise ModelError(what, where=str(folder)) from None
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 

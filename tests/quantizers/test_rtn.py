@@ -60,7 +60,7 @@ def test_the_same_call_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) ->
 def test_a_group_size_that_does_not_fit_names_those_that_do(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match=r"64 inputs of .* group_size 48: set .* to 32 or 16 or -1"):
+    with pytest.raises(ModelError, match=r"64 inputs of .* group_size 48 .* 32 or 16 or -1"):
         quantize(tiny_llama, tmp_path, RtnSpec(group_size=48))
     with pytest.raises(SpecError, match="group_size 0"):
         quantize(tiny_llama, tmp_path, RtnSpec(group_size=0))
