@@ -1,0 +1,187 @@
+"""The report: one HTML page that needs no network, its figures as JSON, and a model-card section.
+
+Completions are hostile text. They pass through Jinja's autoescaping only, and the page forbids
+itself scripts and every connection by a Content-Security-Policy of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from upath import UPath
+
+from qresafe.artifacts import (
+    Artifact,
+    Run,
+    content_key,
+    git_revision,
+    hardware,
+    versions,
+    write_text,
+)
+from qresafe.progress import Progress
+from qresafe.stages import report_view as view
+from qresafe.stages.compare import read_arm, read_comparison
+from qresafe.stages.comparison import Comparison
+from qresafe.stages.examples import choose, main_judge
+from qresafe.stages.judge import FILE as VERDICTS
+from qresafe.stages.narrative import details, headline
+from qresafe.stages.runtime import read_table
+
+CODE_VERSION = 1
+TEMPLATES = Path(__file__).parent / "templates"
+FILES = ("report.html", "report.json", "model_card.md")
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """Everything that a report tells of.
+
+    Attributes:
+        spec: The resolved experiment, as JSON-able data.
+        comparison: The finished `compare` stage.
+        arms: Label -> its finished `generate` and `judge` stages; examples are taken from them.
+        stages: (name, finished stage) in the order of work, for cost and provenance.
+        patch: The finished `patch` stage, for its history.jsonl; None: no curves.
+        export: The finished `export` stage, for its counts; None: nothing about codes.
+    """
+
+    spec: Mapping[str, Any]
+    comparison: Artifact
+    arms: Mapping[str, tuple[Artifact, Artifact]]
+    stages: Sequence[tuple[str, Artifact]] = ()
+    patch: Artifact | None = None
+    export: Artifact | None = None
+
+
+def report(run: Run, given: ReportInput, progress: Progress) -> Artifact:
+    """Write report.html, report.json and model_card.md.
+
+    Args:
+        run: Where the result goes.
+        given: What to tell of.
+        progress: Told of every file.
+    """
+
+    def work(folder: UPath) -> Mapping[str, Any]:
+        progress.start("report", len(FILES), "files")
+        told = tell(given)
+        for name, text in render(told).items():
+            write_text(folder / name, text)
+            progress.advance(note=name)
+        progress.finish()
+        return {"headline": told["headline"]}
+
+    made = run.stage(
+        "report",
+        spec=json.loads(json.dumps(given.spec)),
+        inputs=_inputs(given),
+        code_version=CODE_VERSION,
+        work=work,
+    )
+    if made.reused:
+        progress.start("report")
+        progress.finish(reused=True)
+    return made
+
+
+def tell(given: ReportInput) -> dict[str, Any]:
+    """Return all that the templates show."""
+    comparison = read_comparison(given.comparison)
+    export = dict(given.export.manifest.counts) if given.export else {}
+    history = _history(given.patch)
+    costs = view.cost(given.stages)
+    return {
+        "name": given.spec.get("name", "comparison"),
+        "headline": headline(comparison),
+        "details": details(comparison),
+        "comparison": comparison,
+        "arms": [_arm(arm.label) for arm in comparison.arms],
+        "panels": view.panels(comparison),
+        "table": view.table(comparison),
+        "counts": view.counts(comparison),
+        "flips": view.flips(comparison),
+        "attribution": view.attribution(comparison),
+        "examples": _examples(given),
+        "curves": view.curves(history),
+        "layers": view.layers(export),
+        "export": export,
+        "cost": costs,
+        "seconds": sum(row.seconds for row in costs),
+        "startup": sum(row.startup or 0.0 for row in costs),
+        "spec": yaml.safe_dump(json.loads(json.dumps(given.spec)), sort_keys=False),
+        "seeds": view.seeds(given.spec),
+        "versions": versions(),
+        "hardware": hardware(),
+        "git": git_revision(),
+        "keys": [(name, artifact.key, artifact.manifest.inputs) for name, artifact in given.stages],
+    }
+
+
+def render(told: Mapping[str, Any]) -> dict[str, str]:
+    """Return file name -> text."""
+    # The card is Markdown and holds no completions; everything that ends in .html is escaped.
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: bool(name and ".html" in name),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(told)
+    card = environment.get_template("model_card.md.jinja").render(told)
+    return {"report.html": page, "report.json": _json(told), "model_card.md": card}
+
+
+def _json(told: Mapping[str, Any]) -> str:
+    comparison: Comparison = told["comparison"]
+    plain = {
+        "name": told["name"],
+        "verdict": [told["headline"], *told["details"]],
+        "comparison": comparison.model_dump(mode="json"),
+        "export": told["export"],
+        "cost": [row._asdict() for row in told["cost"]],
+        "provenance": {name: told[name] for name in ("versions", "hardware", "git", "seeds")},
+        "stages": {name: {"key": key, "inputs": inputs} for name, key, inputs in told["keys"]},
+        "spec": yaml.safe_load(told["spec"]),
+    }
+    return json.dumps(plain, indent=1)
+
+
+def _arm(label: str) -> dict[str, str]:
+    meaning = view.ARMS[label][1] if label in view.ARMS else ""
+    return {"label": view.short(label), "paint": view.paint(label), "meaning": meaning}
+
+
+def _examples(given: ReportInput) -> Any:
+    arms, reasons = [], {}
+    for label, (completions, verdicts) in given.arms.items():
+        arm = read_arm(label, completions, verdicts)
+        said = read_table(verdicts.path / VERDICTS).to_pylist()
+        judge = main_judge(arm)
+        found = {(v["prompt_id"], v["sample"]): v["reason"] for v in said if v["judge"] == judge}
+        arms.append(arm)
+        reasons[label] = [found[prompt] for prompt in arm.prompts]
+    return choose(arms, reasons)
+
+
+def _history(patch: Artifact | None) -> list[dict[str, Any]]:
+    if patch is None:
+        return []
+    lines = (patch.path / "history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _inputs(given: ReportInput) -> dict[str, str]:
+    stages = content_key([[name, artifact.key] for name, artifact in given.stages])
+    found = {"comparison": given.comparison.key, "stages": stages}
+    for name, artifact in (("patch", given.patch), ("export", given.export)):
+        if artifact is not None:
+            found[name] = artifact.key
+    return found
