@@ -185,10 +185,12 @@ class PatchLoop:
             loss, parts = weighted_loss(losses, spec.objective, counts)
             engine.backward(loss * bool(mine), last=number == len(shares) - 1)
             if mine:
-                seen = [float(loss.detach()), batch.tokens, *(parts.get(n, 0.0) for n in counts)]
+                shown = [parts.get(name, 0.0) for name in counts]
+                seen = [float(loss.detach()), batch.tokens, *shown]
                 sums += torch.tensor(seen, dtype=torch.float64)
         loss_sum, tokens, *terms = engine.all_reduce(sums.to(engine.device)).tolist()
-        return loss_sum, dict(zip(counts, terms, strict=True)), int(tokens)
+        parts = {name: mean for (name, rows), mean in zip(counts.items(), terms, strict=True) if rows}
+        return loss_sum, parts, int(tokens)
 
     def _mask_due(self) -> bool:
         every = self.spec.mask.remask_every

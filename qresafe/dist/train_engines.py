@@ -1,7 +1,8 @@
-"""The patch loop's optimizer on DeepSpeed ZeRO, in a process group that already exists."""
+"""The patch loop's optimizer over several processes, in a process group that already exists."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -12,11 +13,38 @@ import torch
 from torch import Tensor, nn
 
 from qresafe.specs import PatchSpec
-from qresafe.stages.train_engine import MOMENTS, adamw
+from qresafe.stages.train_engine import MOMENTS, LocalEngine, adamw
+
+STATE = ("factor", *MOMENTS)
+
+
+class ReplicatedEngine(LocalEngine):
+    """`zero_stage: 0`: every rank holds everything, gradients are summed; needs no DeepSpeed.
+
+    Args:
+        device: This process's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(str(device))
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+
+    def step(self, lr: float) -> float:
+        factors = list(self._factors.values())
+        flat = torch.cat([_gradient(factor).flatten() for factor in factors])
+        self.all_reduce(flat)
+        for factor, piece in zip(factors, flat.split([f.numel() for f in factors]), strict=True):
+            factor.grad = piece.view_as(factor)
+        return super().step(lr)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        torch.distributed.all_reduce(tensor)
+        return tensor
 
 
 class DeepSpeedEngine:
-    """A `TrainEngine` over the default process group, with ZeRO stage 0 to 3.
+    """A `TrainEngine` over the default process group, with ZeRO stage 1 to 3.
 
     Checkpoints go through whole tensors, not through DeepSpeed's own files: those are pickles,
     and can only be loaded on the same number of processes.
@@ -68,51 +96,31 @@ class DeepSpeedEngine:
         return gathered
 
     def state(self) -> dict[str, Tensor]:
+        from deepspeed import utils
+
         found: dict[str, Tensor] = {}
         for name, factor in self._factors.items():
-            found[f"factor/{name}"] = self._read(factor, None)
+            found[f"factor/{name}"] = utils.safe_get_full_fp32_param(factor)
             for moment in MOMENTS:
-                found[f"{moment}/{name}"] = self._read(factor, moment)
+                found[f"{moment}/{name}"] = utils.safe_get_full_optimizer_state(factor, moment)
         return found
 
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        if steps:
-            self._make_moments(steps)
+        from deepspeed import utils
+
+        self._make_moments(steps)
         for name, factor in self._factors.items():
-            self._write(factor, state[f"factor/{name}"], None)
-            for moment in MOMENTS if steps else ():
-                self._write(factor, state[f"{moment}/{name}"], moment)
-
-    def _read(self, factor: nn.Parameter, moment: str | None) -> Tensor:
-        from deepspeed import utils
-
-        if not self._stage:
-            state = self._engine.optimizer.state[factor]
-            return (state[moment] if moment else factor.detach()).clone()
-        if moment is None:
-            return utils.safe_get_full_fp32_param(factor)
-        return utils.safe_get_full_optimizer_state(factor, moment)
-
-    def _write(self, factor: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        from deepspeed import utils
-
-        if moment is None:
-            self._overwrite(factor, value)
-        if not self._stage:
-            if moment is not None:
-                self._engine.optimizer.state[factor][moment].copy_(value)
-        elif self._stage < 3:
-            if moment is None:
-                utils.safe_set_full_fp32_param(factor, value)
+            self._overwrite(factor, state[f"factor/{name}"])
+            pieces = {key: self._piece(factor, state[f"{key}/{name}"]) for key in STATE}
+            if self._stage == 3:
+                utils.safe_set_local_fp32_param(factor, pieces["factor"])
             else:
-                utils.safe_set_full_optimizer_state(factor, value, moment)
-        else:
-            # The `full` variants of stage 3 overrun the last rank's padding; set the local piece.
-            piece = self._local_piece(factor, value)
-            if moment is None:
-                utils.safe_set_local_fp32_param(factor, piece)
-            else:
-                utils.safe_set_local_optimizer_state(factor, piece, moment)
+                utils.safe_set_full_fp32_param(factor, pieces["factor"])
+            for moment in MOMENTS:
+                if self._stage == 3:
+                    utils.safe_set_local_optimizer_state(factor, pieces[moment], moment)
+                else:
+                    utils.safe_set_full_optimizer_state(factor, pieces[moment], moment)
 
     def _overwrite(self, factor: nn.Parameter, value: Tensor) -> None:
         # The safe_set functions write the optimizer's copy only; forward passes read this one.
@@ -125,7 +133,13 @@ class DeepSpeedEngine:
             if self.rank == 0:
                 factor.data.copy_(value)
 
-    def _local_piece(self, factor: nn.Parameter, value: Tensor) -> Tensor:
+    def _piece(self, factor: nn.Parameter, value: Tensor) -> Tensor:
+        """Return what safe_set takes: all of `value`, or under ZeRO-3 this rank's part.
+
+        There the `full` functions overrun the padding of the last rank's part.
+        """
+        if self._stage < 3:
+            return value
         size = factor.ds_tensor.numel()
         padded = value.new_zeros(size * self.world_size)
         padded[: value.numel()] = value.flatten()
@@ -133,21 +147,16 @@ class DeepSpeedEngine:
 
     def _make_moments(self, steps: int) -> None:
         """Create AdamW's state, which torch makes at the first step, with its step counter."""
-        optimizer = self._engine.optimizer
-        base = optimizer.optimizer if self._stage else optimizer
-        for flat in self._flat_parameters():
+        zero = self._engine.optimizer
+        if self._stage == 3:
+            flats = zero.fp32_partitioned_groups_flat
+        else:
+            flats = zero.single_partition_of_fp32_groups
+        for flat in flats:
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            base.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
-        if self._stage in (1, 2):
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _flat_parameters(self) -> list[Tensor]:
-        optimizer = self._engine.optimizer
-        if not self._stage:
-            return list(self._factors.values())
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
         if self._stage < 3:
-            return list(optimizer.single_partition_of_fp32_groups)
-        return list(optimizer.fp32_partitioned_groups_flat)
+            zero._lazy_init_hp_params_optimizer_state()  # what the first step would do
 
 
 def deepspeed_config(spec: PatchSpec, world_size: int) -> dict[str, Any]:
@@ -169,13 +178,31 @@ def quiet_deepspeed() -> Any:
     two cores) to speed up all-reduces; gloo does without.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
-    import deepspeed.comm
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.logger.setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(torch.distributed.get_backend(), verbose=False)
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon optimizer, which it looks for at every start, without inductor.
+
+    Its decorators would load torch's compiler: 3 s for an optimizer that is not used.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def _gradient(factor: nn.Parameter) -> Tensor:
+    return torch.zeros_like(factor) if factor.grad is None else factor.grad

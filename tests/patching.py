@@ -1,0 +1,115 @@
+"""Tiny inputs of the patch loop, made on the spot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+
+from qresafe import records
+from qresafe.core.grids import QuantizedTensor, fit_uniform
+from qresafe.specs import PatchSpec
+from qresafe.stages.patch_data import Pool
+from qresafe.stages.patch_loop import PatchInputs
+
+VOCABULARY = 64
+
+
+def tiny_model(seed: int = 0) -> Any:
+    """Return a two-layer Llama (hidden 32) with weights far from zero."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def quantize_in_place(model: Any, bits: int = 4) -> dict[str, QuantizedTensor]:
+    """Round every linear layer but the head to an asymmetric grid; return grids and codes."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            grid = fit_uniform(module.weight.detach(), bits, 16, False)
+            found[name] = QuantizedTensor(grid, grid.encode(module.weight.detach()))
+            module.weight.data = found[name].dense()
+    return found
+
+
+def random_pairs(preferences: int = 6, anchors: int = 8, seed: int = 0) -> pa.Table:
+    """Return `records.PAIR` rows of random tokens, of unequal lengths, with a teacher's top 5."""
+    draw = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return draw.integers(1, VOCABULARY, draw.integers(low, high)).tolist()
+
+    rows = []
+    for index in range(preferences + anchors):
+        kind = "harmful" if index < preferences else ("benign", "recombined")[index % 2]
+        chosen = tokens(3, 12)
+        count = min(4, len(chosen))
+        logits = torch.from_numpy(draw.normal(size=(count, VOCABULARY)) * 2).float()
+        top = logits.log_softmax(-1).topk(5)
+        rows.append(
+            {
+                "prompt_id": f"p{index}",
+                "kind": kind,
+                "prompt": f"prompt {index}",
+                "chosen": "w",
+                "rejected": "l",
+                "preference": kind == "harmful",
+                "prompt_ids": tokens(4, 20),
+                "chosen_ids": chosen,
+                "rejected_ids": tokens(3, 12),
+                "teacher_top_k": 5,
+                "teacher_ids": top.indices.flatten().tolist(),
+                "teacher_logps": top.values.flatten().tolist(),
+            }
+        )
+    return pa.Table.from_pylist(rows, records.PAIR)
+
+
+def reference_of(pairs: pa.Table, chosen: float = -20.0, rejected: float = -22.0) -> pa.Table:
+    """Return made-up reference log-probs of all rows."""
+    count = pairs.num_rows
+    columns = [pairs["prompt_id"], pa.array([chosen] * count), pa.array([rejected] * count)]
+    return pa.table(columns, schema=records.REFERENCE_LOGPS)
+
+
+def patch_spec(**changes: Any) -> PatchSpec:
+    """Return a small spec in which every term has a weight; `changes` override its keys."""
+    base = {
+        "objective": {"dpo": 1.0, "nll": 0.5, "kl": 1.0, "anchor": 0.3, "kl_tokens": 3},
+        "mask": {"tau": 0.5, "remask_every": 3, "samples": 4},
+        "rank": 2,
+        "lr": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 2,
+        "steps": 8,
+        "batch_size": 6,
+        "micro_batch_size": 4,
+        "checkpoint_every": 3,
+    }
+    return PatchSpec.model_validate(base | changes)
+
+
+def patch_inputs(spec: PatchSpec, seed: int = 0) -> PatchInputs:
+    """Return a fresh tiny Q0 and its pool of rows."""
+    model = tiny_model(seed)
+    quantized = quantize_in_place(model)
+    pairs = random_pairs(seed=seed)
+    return PatchInputs(model, quantized, Pool(pairs, reference_of(pairs), spec.objective))
