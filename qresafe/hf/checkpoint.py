@@ -20,7 +20,7 @@ from upath import UPath
 from qresafe.core.grids import QuantizedTensor
 from qresafe.errors import ModelError
 from qresafe.hf.formats.base import Codec
-from qresafe.hf.models import check_folder, load_config, read_config
+from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.storage import local_folder
 
@@ -220,4 +220,8 @@ def model_from_state(folder: Path, state: dict[str, Tensor], dtype: torch.dtype)
         what = f"{type(config).__name__} is not a causal language model"
         raise ModelError(what, where=str(folder))
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    model, loaded = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    refuse_missing(loaded, folder)
+    return model.eval()

@@ -211,7 +211,7 @@ def load_model(
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or would fill missing weights at random.
         CorruptArtifactError: A weight file is damaged.
     """
     from transformers import AutoModelForCausalLM
@@ -220,17 +220,35 @@ def load_model(
     check_folder(folder)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
             **placed,
         )
     except (ValueError, ImportError, KeyError, RuntimeError) as error:
         raise _load_failure(error, folder) from error
+    refuse_missing(loaded, folder)
     return model.eval()
+
+
+def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:
+    """Refuse a model that lacks weights: transformers would draw those at random.
+
+    Args:
+        loaded: What `from_pretrained(..., output_loading_info=True)` returns second.
+        folder: For the message.
+
+    Raises:
+        ModelError: A weight is missing or has another shape.
+    """
+    missing = sorted(loaded["missing_keys"]) + sorted(str(m) for m in loaded["mismatched_keys"])
+    if missing:
+        what = f"{len(missing)} weights are missing or misshapen, {missing[0]} first"
+        raise ModelError(what, where=str(folder), remedy="use a complete copy of the model")
 
 
 def load_config(folder: Path) -> Any:

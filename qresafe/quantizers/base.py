@@ -58,18 +58,24 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
 
     Raises:
         SpecError: `group_size` is 0.
-        ModelError: No layer is left, or a row is not a multiple of the group size.
+        ModelError: No layer is left, a row is not a multiple of the group size, or the model is
+            a mixture of experts.
     """
     if group_size == 0:
         raise SpecError("group_size 0", where="quantize", remedy="use -1 or a positive size")
     files = TensorFiles(folder)
+    if any(".experts." in name for name in files):
+        # transformers 5.17 looks for packed experts there and, finding none, draws them at random
+        what = "compressed-tensors cannot keep a mixture's experts in full precision"
+        raise ModelError(what, where=str(folder), remedy="use quantize.method: bnb")
     names = [n for n in linear_layers(folder) if not _skipped(n, skip)]
     missing = [name for name in names if f"{name}.weight" not in files]
     if missing:
         remedy = "add it to quantize.skip"
         raise ModelError(f"no weight for layer {missing[0]}", where=str(folder), remedy=remedy)
     if not names:
-        raise ModelError("no linear layer to quantize", where=str(folder), remedy="shorten skip")
+        remedy = "shorten quantize.skip, or use a model made of nn.Linear layers"
+        raise ModelError("no linear layer to quantize", where=str(folder), remedy=remedy)
     columns = {name: files.shape(f"{name}.weight")[1] for name in names}
     _check_groups(columns, group_size, str(folder))
     return names

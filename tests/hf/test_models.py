@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf import models
@@ -78,6 +79,14 @@ def test_the_pad_token_falls_back_to_the_end_token(copy: Path) -> None:
     path.write_text(json.dumps(config))
     tokenizer = models.load_tokenizer(copy)
     assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+
+
+def test_a_model_that_lacks_a_weight_is_not_filled_at_random(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are missing .* model\.layers\.1\.mlp\.up"):
+        models.load_model(copy)
 
 
 def test_the_fingerprint_follows_the_weights_alone(copy: Path) -> None:
