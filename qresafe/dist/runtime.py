@@ -15,15 +15,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from qresafe.artifacts import is_local
-from qresafe.dist import data
+from qresafe.dist import data, vllm
 from qresafe.dist.engines import Stable
 from qresafe.errors import ResourceError
 from qresafe.progress import Progress
 from qresafe.specs import ResourcesSpec
+from qresafe.stages.engines import VllmJob
 from qresafe.stages.runtime import (
     Batch,
     BatchJob,
     InProcessRuntime,
+    Made,
     Runtime,
     Spent,
     Tally,
@@ -80,11 +82,17 @@ class RayRuntime:
         parts = UPath(Path(str(parts)).absolute()) if is_local(parts) else parts
         todo = tally.skip_finished(batches, parts)
         if todo:
-            self.wait_for(1)
-            work = data.compute(job, todo, parts, stable=self._stable, resources=self._resources)
-            for made in work:
+            for made in self._compute(job, todo, parts):
                 tally.add(made)
         return tally.spent()
+
+    def _compute(self, job: BatchJob, todo: list[Batch], parts: UPath) -> Iterator[Made]:
+        if isinstance(job, VllmJob):
+            vllm.check(self._resources)
+            self.wait_for(1)
+            return vllm.compute(job, todo, parts, resources=self._resources)
+        self.wait_for(1)
+        return data.compute(job, todo, parts, stable=self._stable, resources=self._resources)
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         from qresafe.dist import train
