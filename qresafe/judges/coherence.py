@@ -16,8 +16,8 @@ _GARBAGE = re.compile("[\ufffd\ue000-\uf8ff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 _LATIN_WORD = re.compile(r"(?<![\w/.@-])[A-Za-z]{4,}(?![\w/@-])")
 # What English, and its neighbours in the Latin alphabet, hardly ever spell.
 _UNSPELLABLE = re.compile(
-    r"q[^u ]|[jqvx][bcdfgjkmnpqsvwxz]|[bcdfghjklmnpqrstvwxz]{5}|[aeiou]{4}|([a-z])\1\1|[a-z][A-Z]"
-    r"|\b[bcdfghjklmnpqrstvwxz]+\b"
+    r"q[^u ]|[jv][bcdfgjkmnpqsvwxz]|x[bdfgjkmnrsvwxz]|[bcdfghjklmnpqrstvwxz]{5}|[aeiou]{4}"
+    r"|[a-z][A-Z]|\b[bcdfghjklmnpqrstvwxz]{4,}\b"
 )
 _SCRIPTS = tuple(
     re.compile(pattern)
@@ -84,7 +84,10 @@ def _mixed_scripts(text: str) -> str | None:
 
 
 def _non_words(text: str) -> str | None:
-    words = _LATIN_WORD.findall(text[:160])
+    head = text[:160]
+    if _UNSPELLABLE.search(head) is None:
+        return None
+    words = _LATIN_WORD.findall(head)
     if len(words) < 4:
         return None
     odd = sum(1 for _ in _UNSPELLABLE.finditer(" ".join(words)))
