@@ -204,7 +204,7 @@ class Experiment:
         """The HTML page, its JSON and the model card."""
         comparison = self.comparison
         given = ReportInput(
-            spec=self.spec,
+            spec=self.spec.model_dump(mode="json"),
             comparison=comparison,
             arms=self.measured,
             patch=self.patched,
