@@ -19,6 +19,7 @@ from qresafe.storage import local_folder
 
 # Never *.bin or *.pt: those are pickles, and unpickling runs code.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+NOT_THE_MODEL = ["*/*", "consolidated*"]  # other formats of the same weights
 CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 
 
@@ -89,7 +90,10 @@ def _snapshot(name: str, revision: str | None) -> Path:
 
     where = f"the Hugging Face hub ({name})"
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NOT_THE_MODEL
+        )
+        return Path(found)
     except errors.GatedRepoError:
         remedy = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN"
         raise ModelError("the model is gated", where=where, remedy=remedy) from None
@@ -142,13 +146,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return a model's safetensors files, in name order.
+    """Return a model's safetensors files: the single one, or the shards of its index.
 
     Raises:
         ModelError: There are none (pickled weights are refused by name), or one is missing.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():  # transformers' order; other *.safetensors beside it are not the model
+        return [single]
+    shards: list[Path] = []
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -156,8 +163,6 @@ def weight_files(folder: str | Path) -> list[Path]:
             raise ModelError("malformed model.safetensors.index.json", where=str(folder)) from None
         # A shard's name comes from a file: it must not lead out of the folder.
         shards = [folder / Path(str(name)).name for name in names]
-    else:
-        shards = sorted(folder.glob("*.safetensors"))
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CorruptArtifactError(
@@ -174,7 +179,7 @@ def _no_weights(folder: Path) -> ModelError:
         remedy = "convert them with save_pretrained(..., safe_serialization=True)"
         what = "the weights are pickle files, which can run code when loaded"
         return ModelError(what, where=str(folder), remedy=remedy)
-    remedy = "give a folder with *.safetensors"
+    remedy = "give a folder with model.safetensors, or its shards and their index"
     return ModelError("no weights", where=str(folder), remedy=remedy)
 
 

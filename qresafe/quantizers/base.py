@@ -40,7 +40,6 @@ class Quantizer(Protocol):
         target: Path,
         spec: Any,
         *,
-        seed: int = 0,
         control: bool = True,
         progress: Progress | None = None,
     ) -> QuantizeResult: ...

@@ -23,7 +23,6 @@ def quantize(
     target: Path,
     spec: BnbSpec,
     *,
-    seed: int = 0,
     control: bool = True,
     progress: Progress | None = None,
 ) -> QuantizeResult:

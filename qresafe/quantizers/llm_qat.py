@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qresafe.core.grids import QuantizedTensor, UniformGrid, fit_uniform, straight_through
+from qresafe.embedded.calibration import calibration_chats
 from qresafe.errors import ModelError
 from qresafe.hf.chat import chat_ids
 from qresafe.hf.finetune import Chat, finetune
@@ -24,7 +25,6 @@ from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, write_plain, write_quantized
 from qresafe.progress import Progress, Silent
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, layers_to_quantize
-from qresafe.quantizers.calibration import calibration_chats
 from qresafe.specs import LlmQatSpec
 from qresafe.storage import local_folder
 
@@ -34,7 +34,6 @@ def quantize(
     target: Path,
     spec: LlmQatSpec,
     *,
-    seed: int = 0,
     control: bool = True,
     progress: Progress | None = None,
 ) -> QuantizeResult:

@@ -53,7 +53,6 @@ def quantize(
     target: Path,
     spec: RtnSpec,
     *,
-    seed: int = 0,
     control: bool = True,
     progress: Progress | None = None,
 ) -> QuantizeResult:

@@ -45,9 +45,8 @@ def quantize(
 
     def work(folder: UPath) -> Mapping[str, Any]:
         method = quantizers.get(spec.method)
-        seed = getattr(spec, "seed", 0)
         with built_locally(folder) as target:
-            made = method(source.path, target, spec, seed=seed, control=control, progress=shown)
+            made = method(source.path, target, spec, control=control, progress=shown)
             sizes = {"checkpoint_bytes": folder_bytes(target / "checkpoint")}
         return dict(made.counts) | sizes | {"control": made.control is not None}
 

@@ -55,6 +55,7 @@ def test_a_truncated_shard_is_found_before_loading(copy: Path) -> None:
 def test_a_missing_shard_and_a_path_that_leads_outside(copy: Path) -> None:
     index = {"weight_map": {"x": "../../../etc/passwd"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    (copy / "model.safetensors").unlink()
     with pytest.raises(CorruptArtifactError, match="missing weight file passwd"):
         models.check_folder(copy)
 

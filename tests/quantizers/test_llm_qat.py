@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from qresafe.core.grids import fit_uniform
+from qresafe.embedded.calibration import read_chats
 from qresafe.errors import DataError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model
-from qresafe.quantizers.calibration import read_chats
 from qresafe.quantizers.llm_qat import quantize, round_tokens
 from qresafe.specs import CalibrationSpec, LlmQatSpec
 
@@ -109,20 +109,11 @@ def test_the_checkpoint_holds_the_grid_of_the_last_latent(
         assert torch.equal(checkpoint.read(name).codes, grid.encode(source[f"{name}.weight"]))
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "no list of two"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "no list of two"),
-        ('{"messages": [{"role": "u"}, {}]}', "role"),
-        ('{"messages": [{"role": "user", "content": ""}, {}]}', "content"),
-        ('{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
-         "last message"),
-    ],
-)  # fmt: skip
-def test_a_malformed_line_is_named_by_number(chats: Path, line: str, message: str) -> None:
+def test_a_malformed_chat_is_named_before_any_work(
+    tiny_llama: Path, tmp_path: Path, chats: Path
+) -> None:
     with chats.open("a") as file:
-        file.write("\n" + line + "\n")  # lines 5 (blank) and 6
-    with pytest.raises(DataError, match=rf"{message}.*line 6"):
-        read_chats(chats)
+        file.write('\n{"messages": []}\n')  # line 5 is blank, line 6 is no chat
+    with pytest.raises(DataError, match="not a chat.*line 6"):
+        quantize(tiny_llama, tmp_path / "q", spec(chats))
+    assert not (tmp_path / "q").exists()
