@@ -127,7 +127,7 @@ class Experiment:
             teacher_completions=self.completions(W, CALIBRATION),
             q0_completions=self.completions(Q0, CALIBRATION),
             tokenizer=self.tokenizer,
-            teacher=self.teacher.ref,
+            teacher=self.teacher,
             spec=self.spec.pairs,
             runtime=self.runtime,
             progress=self.progress,
