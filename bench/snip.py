@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,15 @@ def measure(
     named = linear_layers(model)
     batches = mixed_batches(pairs, rows, shortest, longest, vocabulary, place)
     short = mixed_batches(2, 2, 2, 2, vocabulary, place)
-    tries: dict[str, list[float]] = {"peer": [], "snip": [], "mask": []}
+    tries: dict[str, list[tuple[float, float]]] = {"peer": [], "snip": [], "mask": []}
     peer(model, named, batches[:1])  # warm-up
     for _ in range(repeats):
-        tries["peer"].append(_seconds(lambda: peer(model, named, batches), place))
+        tries["peer"].append(_seconds(partial(peer, model, named, batches), place))
         scorer = SnipScorer(named, keep_bytes=0)
-        tries["snip"].append(_seconds(lambda s=scorer: snip(model, s, batches), place))
-        tries["mask"].append(_seconds(lambda s=scorer: cut_masks(s), place))
-    seconds = {name: min(values) for name, values in tries.items()}
+        tries["snip"].append(_seconds(partial(snip, model, scorer, batches), place))
+        tries["mask"].append(_seconds(partial(cut_masks, scorer), place))
+    seconds = {name: min(wall for wall, _ in values) for name, values in tries.items()}
+    cpu_seconds = {name: min(cpu for _, cpu in values) for name, values in tries.items()}
     sizes = [layer.weight.numel() for layer in named.values()]
     gradient = max(sizes) * dtype.itemsize
     return {
@@ -152,6 +154,8 @@ def measure(
         "tokens": sum(ids.numel() for ids, _ in batches),
         "seconds": seconds,
         "ratio": seconds["snip"] / seconds["peer"],
+        "cpu_seconds": cpu_seconds,  # what a machine shared with other work still measures
+        "cpu_ratio": cpu_seconds["snip"] / cpu_seconds["peer"],
         "ratio_bound": 1.25,
         "peak_bytes": snip_peak(model, named, short, place),
         "peak_bound": 3 * gradient + sum(sizes) // 8,
@@ -160,12 +164,13 @@ def measure(
     }
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Return wall-clock and processor seconds of `work`."""
     _settle(device)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     work()
     _settle(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu_began
 
 
 def _settle(device: torch.device) -> None:
@@ -180,7 +185,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device)) - before
     with _profiled() as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:

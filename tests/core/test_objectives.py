@@ -1,10 +1,10 @@
 """The loss terms against arithmetic by hand, TRL, and the full KL divergence."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import save_tiny_llama
 from torch.nn import functional as F
 
 from qresafe.core.objectives import (
@@ -141,11 +141,42 @@ def test_counts_make_micro_batches_add_up_to_the_batch():
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_dpo_equals_trl():
-    trainer = pytest.importorskip("trl").DPOTrainer
-    if not hasattr(trainer, "dpo_loss"):
-        pytest.skip("this TRL has no separate dpo_loss; tests/dist compares whole steps")
-    settings = SimpleNamespace(beta=0.3, label_smoothing=0.0, loss_type=["sigmoid"])
-    values = [torch.randn(5) for _ in range(4)]
-    theirs, *_ = trainer.dpo_loss(settings, *values)
-    torch.testing.assert_close(dpo_loss(*values, beta=0.3), theirs)
+def test_dpo_loss_and_gradients_equal_trl(tmp_path):
+    """TRL's DPOTrainer computes the loss of its own batch; we compute it from the same batch."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [("ab", "no", "yes, sure"), ("c", "never", "ok"), ("defg", "I can't", "step one")]
+    names = ("prompt", "chosen", "rejected")
+    trainer = DPOTrainer(
+        str(save_tiny_llama(tmp_path / "model")),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "out"),
+            beta=0.3,
+            per_device_train_batch_size=3,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows]),
+    )
+    model = trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    with torch.no_grad():
+        reference = sequence_logps(model(**inputs).logits, labels)
+        for parameter in model.parameters():  # away from Q = Q0
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    theirs = trainer.compute_loss(trainer.model, dict(batch))
+    gradients = torch.autograd.grad(theirs, list(model.parameters()))
+
+    chosen, rejected = sequence_logps(model(**inputs).logits, labels).chunk(2)
+    ours = dpo_loss(chosen, rejected, *reference.chunk(2), beta=0.3).mean()
+    assert abs(ours.item() - math.log(2)) > 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(
+        torch.autograd.grad(ours, list(model.parameters())), gradients, strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
