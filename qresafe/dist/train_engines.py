@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qresafe.specs import PatchSpec
-from qresafe.stages.train_engine import MOMENTS, LocalEngine, adamw
+from qresafe.stages.train_engine import MOMENTS, LocalEngine, TrainEngine, adamw
 
 STATE = ("factor", *MOMENTS)
 
@@ -206,3 +206,8 @@ def _import_muon() -> None:
 
 def _gradient(factor: nn.Parameter) -> Tensor:
     return torch.zeros_like(factor) if factor.grad is None else factor.grad
+
+
+def make_engine(device: torch.device, zero_stage: int) -> TrainEngine:
+    """Return this rank's engine for a ZeRO stage from 0 to 3."""
+    return DeepSpeedEngine(device) if zero_stage else ReplicatedEngine(device)

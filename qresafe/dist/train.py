@@ -1,0 +1,135 @@
+"""Training jobs on Ray Train: any number of workers, and one that is killed resumes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import ray
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.v2.api.exceptions import TrainingFailedError
+from upath import UPath
+
+from qresafe.artifacts import disk_errors, is_local
+from qresafe.dist.board import Board, Posted, shown
+from qresafe.errors import ResourceError, UserError
+from qresafe.progress import Progress
+from qresafe.specs import PatchSpec, ResourcesSpec
+from qresafe.stages.runtime import TrainJob, cpu_threads
+from qresafe.stages.train_engine import TrainEngine
+
+RETRIES = 3  # restarts of the worker group after a worker was lost
+
+
+class RankedJob(Protocol):
+    """A `TrainJob` that can also run as one rank of several."""
+
+    spec: PatchSpec
+
+    def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
+        """Train as one rank, continuing from what `folder` holds."""
+
+
+def run(job: TrainJob, folder: UPath, progress: Progress, resources: ResourcesSpec) -> None:
+    """Run `job` on `resources.workers` Ray Train workers, in the Ray session of this process.
+
+    A worker that dies has the whole group restarted, up to three times; it continues from the
+    job's own last checkpoint in `folder`.
+
+    Args:
+        job: Picklable; each worker calls its `run`.
+        folder: On storage that all workers share.
+        progress: Advances as rank 0 does.
+        resources: Number of workers and what each needs.
+
+    Raises:
+        UserError: What the job raised.
+        ResourceError: Workers were lost again and again.
+    """
+    folder = UPath(Path(str(folder)).absolute()) if is_local(folder) else folder
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    config = {
+        "job": job,
+        "folder": folder,
+        "board": board,
+        "threads": max(1, int(resources.cpus_per_worker)),
+    }
+    try:
+        with _settings(resources), shown(board, progress):
+            _trainer(config, folder, resources).fit()
+    except TrainingFailedError as error:
+        what = " ".join(str(error).split())[-300:]
+        remedy = "see the Ray logs of the workers; run again to continue from the last checkpoint"
+        failure: UserError = ResourceError(f"training failed ({what})", remedy=remedy)
+        raise (_error(board) or failure) from error
+    else:
+        if raised := _error(board):
+            raise raised
+    finally:
+        ray.kill(board)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Run on every worker, in a process group that Ray Train made."""
+    from qresafe.dist.train_engines import make_engine
+    from qresafe.progress import Silent
+
+    job, board = cast(RankedJob, config["job"]), config["board"]
+    engine = make_engine(get_device(), job.spec.zero_stage)
+    progress: Progress = Silent() if engine.rank else Posted(board)
+    try:
+        with cpu_threads(config["threads"]), disk_errors(str(config["folder"])):
+            job.run(engine, config["folder"], progress)
+    except UserError as error:
+        # No reason to try again: the driver raises it, and this worker ends as if well.
+        ray.get(board.fail.remote(error))
+
+
+def _trainer(config: dict[str, Any], folder: UPath, resources: ResourcesSpec) -> TorchTrainer:
+    use_gpu = resources.gpus_per_worker > 0
+    each = {"CPU": resources.cpus_per_worker}
+    if use_gpu:
+        each["GPU"] = resources.gpus_per_worker
+    return TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=use_gpu, resources_per_worker=each
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder / "work"),
+            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=0),
+            logging_config=LoggingConfig("ERROR"),
+        ),
+    )
+
+
+@contextmanager
+def _settings(resources: ResourcesSpec) -> Iterator[None]:
+    """Set what Ray Train reads from the driver's environment; what the user set stays."""
+    wanted = {
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # fills the logs otherwise
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the directory that paths are relative to
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of training is seen at once
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.wait_seconds),
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        # On one machine there is no other to move to, and a process less to start.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(len(ray.nodes()) > 1)),
+    }
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _error(board: Any) -> UserError | None:
+    return cast("UserError | None", ray.get(board.error.remote()))
