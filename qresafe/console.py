@@ -187,9 +187,11 @@ def table(
     """
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for position, name in enumerate(header):
-        grid.add_column(name, justify="left" if position == 0 else "right", overflow="fold")
+        first = position == 0
+        grid.add_column(name, justify="left" if first else "right", no_wrap=first, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
     console = Console(file=stream or sys.stdout, highlight=False)
-    # A pipe has no width: let lines be as long as they are.
-    console.print(grid, width=None if console.is_terminal else 1000)
+    if not console.is_terminal:  # a pipe has no width: let lines be as long as they are
+        console = Console(file=stream or sys.stdout, highlight=False, width=1000)
+    console.print(grid)

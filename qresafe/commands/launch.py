@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -23,6 +25,7 @@ def launch(app: typer.Typer, arguments: list[str] | None = None) -> NoReturn:
 
     0: done; 1: a bug; 2: a mistake in the command line or its inputs; 130: interrupted.
     """
+    quiet_libraries()
     try:
         app(arguments)
     except SystemExit as leaving:
@@ -38,6 +41,17 @@ def launch(app: typer.Typer, arguments: list[str] | None = None) -> NoReturn:
         _say("error: ", str(mistake))
         sys.exit(mistake.exit_code)
     sys.exit(0)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices, which would tear the display, to themselves.
+
+    Workers inherit the environment.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # DeepSpeed sets its logger's level itself, but leaves filters alone.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def user_error(error: BaseException | None) -> UserError | None:

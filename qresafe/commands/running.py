@@ -16,7 +16,7 @@ from qresafe.specs import ExperimentSpec
 if TYPE_CHECKING:
     from qresafe.artifacts import Artifact
     from qresafe.progress import Progress
-    from qresafe.stages.comparison import Share
+    from qresafe.stages.comparison import Comparison, Share
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import Runtime
 
@@ -139,25 +139,28 @@ def _tell(experiment: Experiment) -> None:
 
 
 def tell_comparison(compared: Artifact) -> None:
-    """Print a comparison: a row for each arm, a column for each measure."""
+    """Print a comparison: a row for each measure, a column for each model."""
     from qresafe.console import table
     from qresafe.stages.compare import read_comparison
     from qresafe.stages.measures import MEASURES
 
     comparison = read_comparison(compared)
     asked = [m for m in MEASURES if any(m.name in arm.measures for arm in comparison.arms)]
-    rows = [
-        [arm.label, *(_cell(arm.measures.get(measure.name)) for measure in asked)]
-        for arm in comparison.arms
-    ]
-    table(["model", *(measure.title for measure in asked)], rows)
-    typer.echo(
-        "\n% of n prompts [95 % interval]; " + "; ".join(f"{m.title}: {m.meaning}" for m in asked)
-    )
+    header = ["% of n", "n", *(arm.label for arm in comparison.arms)]
+    table(header, [_share_row(measure.title, measure.name, comparison) for measure in asked])
+    typer.echo("\nBelow each share: its 95 % interval.")
+    for measure in asked:
+        typer.echo(f"{measure.title}: {measure.meaning} ({measure.better} is good)")
+
+
+def _share_row(title: str, name: str, comparison: Comparison) -> list[str]:
+    shares = [arm.measures.get(name) for arm in comparison.arms]
+    sizes = sorted({share.n for share in shares if share})
+    size = "-".join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))
+    return [title, size, *(_cell(share) for share in shares)]
 
 
 def _cell(share: Share | None) -> str:
     if share is None or share.share is None:
         return "-"
-    low, high = 100 * share.low, 100 * share.high
-    return f"{100 * share.share:.1f} [{low:.1f}, {high:.1f}] n={share.n}"
+    return f"{100 * share.share:.1f}\n{100 * share.low:.1f}-{100 * share.high:.1f}"

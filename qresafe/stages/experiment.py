@@ -54,6 +54,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.run = Run(self.spec.storage, self.spec.name)
+        self._answers: dict[tuple[str, str], Artifact] = {}  # (arm, prompt set) -> completions
 
     def check(self) -> None:
         """Find a user's mistakes before anything expensive starts.
@@ -172,6 +173,8 @@ class Experiment:
 
     def completions(self, arm: str, on: str = EVALUATION) -> Artifact:
         """Return an arm's answers to the evaluation or the calibration prompts."""
+        if (arm, on) in self._answers:
+            return self._answers[arm, on]
         made = generate(
             self.run,
             label=arm if on == EVALUATION else f"{arm} on {on}",
@@ -181,7 +184,8 @@ class Experiment:
             runtime=self.runtime,
             progress=self.progress,
         )
-        return self._note(f"generate {arm} {on}", made)
+        self._answers[arm, on] = self._note(f"generate {arm} {on}", made)
+        return made
 
     def verdicts(self, arm: str) -> Artifact:
         """Return all judges' verdicts on an arm's answers."""
