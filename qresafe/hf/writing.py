@@ -5,6 +5,7 @@ One shard is in memory at a time, so models larger than memory pass through.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,9 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qresafe.core.grids import QuantizedTensor, UniformGrid
-from qresafe.errors import ModelError
+from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, built_aside
-from qresafe.hf.models import CONTENT, load_config, read_config
+from qresafe.hf.models import CONTENT, check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
@@ -129,6 +130,40 @@ def write_dense(
     config = read_config(checkpoint.folder)
     del config["quantization_config"]
     _write(target, files, convert, config)
+
+
+def write_bitsandbytes(target: Path, source: Path, options: Mapping[str, Any]) -> None:
+    """Write a bitsandbytes checkpoint, quantized by the library itself.
+
+    The model is saved before any forward pass: on CPUs with AVX512-BF16 the first one repacks
+    4-bit weights, and what is saved afterwards is silently wrong.
+
+    Args:
+        target: Local folder to make.
+        source: The full-precision model.
+        options: Of transformers' `BitsAndBytesConfig`.
+
+    Raises:
+        ResourceError: bitsandbytes is not installed.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError("bitsandbytes is not installed", remedy="pip install bitsandbytes")
+    check_folder(source)
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        source,
+        quantization_config=BitsAndBytesConfig(**options),
+        dtype="auto",
+        device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    refuse_missing(loaded, source)
+    with built_aside(target) as folder:
+        model.save_pretrained(folder)
+        copy_sidecars(source, folder)
 
 
 def write_plain(target: Path, source: Path, weights: Mapping[str, Tensor]) -> None:

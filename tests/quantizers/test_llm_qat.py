@@ -114,6 +114,6 @@ def test_a_malformed_chat_is_named_before_any_work(
 ) -> None:
     with chats.open("a") as file:
         file.write('\n{"messages": []}\n')  # line 5 is blank, line 6 is no chat
-    with pytest.raises(DataError, match="not a chat.*line 6"):
+    with pytest.raises(DataError, match=r"not a chat.*line 6"):
         quantize(tiny_llama, tmp_path / "q", spec(chats))
     assert not (tmp_path / "q").exists()
