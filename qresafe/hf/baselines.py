@@ -1,0 +1,148 @@
+"""The usual ways to repair a model, by TRL and PEFT: LoRA trained with DPO, or with SFT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qresafe.errors import DataError
+from qresafe.specs import PatchSpec
+
+PairRow = Mapping[str, Any]  # of `records.PAIR`
+
+
+def dpo(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[PairRow],
+    spec: PatchSpec,
+    *,
+    layers: Sequence[str],
+    work: Path,
+) -> Any:
+    """Train a LoRA adapter by TRL's DPOTrainer on the preference rows and merge it.
+
+    Args:
+        model: Q0 with decoded float weights; changed in place. It is its own reference.
+        tokenizer: Its tokenizer.
+        rows: Of pairs.parquet; only preference rows are used.
+        spec: rank, alpha, beta, rate, warm-up, weight decay, batch size, steps and seed are the
+            same as a patch's.
+        layers: Names of the linear layers to adapt: those that Q0 quantized.
+        work: Folder for the trainer's files.
+
+    Returns:
+        The model with the adapter merged into its weights.
+
+    Raises:
+        DataError: There is no preference row.
+    """
+    from trl import DPOConfig
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    data = [{name: row[name] for name in names} for row in rows if row["preference"]]
+    arguments = DPOConfig(
+        **_arguments(spec, len(data), work),
+        beta=spec.objective.beta,
+        precompute_ref_log_probs=True,
+        max_length=None,
+    )
+    return _train(dpo_trainer_class(), arguments, model, tokenizer, data, spec, layers)
+
+
+def sft(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[PairRow],
+    spec: PatchSpec,
+    *,
+    layers: Sequence[str],
+    work: Path,
+) -> Any:
+    """Train a LoRA adapter by TRL's SFTTrainer on W's answers of all rows and merge it.
+
+    Arguments, result and errors are those of `dpo`; the loss is on answer tokens only.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    data = [
+        {
+            "input_ids": [*row["prompt_ids"], *row["chosen_ids"]],
+            "labels": [-100] * len(row["prompt_ids"]) + list(row["chosen_ids"]),
+        }
+        for row in rows
+    ]
+    arguments = SFTConfig(**_arguments(spec, len(data), work), max_length=None)
+    return _train(SFTTrainer, arguments, model, tokenizer, data, spec, layers)
+
+
+def dpo_trainer_class() -> Any:
+    """Return TRL's DPOTrainer for rows that are tokenized already.
+
+    Tokenizing the texts again could give other ids than the models generated.
+    """
+    from trl import DPOTrainer
+
+    class TokenizedDPOTrainer(DPOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    return TokenizedDPOTrainer
+
+
+def lora_config(spec: PatchSpec, layers: Sequence[str]) -> Any:
+    """Return PEFT's configuration of an adapter as large as a patch's."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=spec.rank, lora_alpha=spec.alpha, target_modules=list(layers), lora_dropout=0.0
+    )
+
+
+def _train(
+    trainer: Any,
+    arguments: Any,
+    model: Any,
+    tokenizer: Any,
+    data: list[dict[str, Any]],
+    spec: PatchSpec,
+    layers: Sequence[str],
+) -> Any:
+    from datasets import Dataset
+
+    if not data:
+        raise DataError("no row to train the baseline on", remedy="add calibration prompts")
+    trained = trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        peft_config=lora_config(spec, layers),
+    )
+    trained.train()
+    return trained.model.merge_and_unload().eval()
+
+
+def _arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
+    import torch
+
+    return {
+        "output_dir": str(work),
+        "max_steps": spec.steps or -1,
+        "num_train_epochs": spec.epochs,
+        "per_device_train_batch_size": max(1, min(spec.batch_size, rows)),
+        "learning_rate": spec.lr,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": spec.warmup_steps,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "seed": spec.seed,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
