@@ -84,14 +84,22 @@ def interval_plot(name: str, dots: Sequence[Dot]) -> str:
         return _svg(figure, f"{name}: {spoken}")
 
 
-def line_plot(name: str, lines: Sequence[Line], x_label: str, *, top: float | None = None) -> str:
+def line_plot(
+    name: str,
+    lines: Sequence[Line],
+    x_label: str,
+    *,
+    right: float | None = None,
+    top: float | None = None,
+) -> str:
     """Draw curves from 0 upwards, each named at its end rather than in a legend.
 
     Args:
         name: What it shows, for readers who cannot see it.
         lines: The curves; short ones get a dot at each point.
         x_label: Of the horizontal axis.
-        top: Upper end of the vertical axis; None: what the curves need.
+        right: End of the horizontal axis; None: what the curves need.
+        top: End of the vertical axis; None: what the curves need.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, 1.9))
@@ -102,6 +110,7 @@ def line_plot(name: str, lines: Sequence[Line], x_label: str, *, top: float | No
             axes.plot(line.xs, line.ys, style, color=paint, lw=1.4, ms=3.5, clip_on=False)
         axes.set_xlabel(x_label)
         axes.set_ylim(0, top)
+        axes.set_xlim(0, right)
         axes.grid(axis="y", color=_STAND_IN["rule"], lw=0.5)
         axes.spines[["left"]].set_visible(False)
         axes.tick_params(axis="y", labelcolor=_STAND_IN["muted"])

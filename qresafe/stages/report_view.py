@@ -28,6 +28,7 @@ class Cell(NamedTuple):
 
     value: str
     detail: str  # interval and counts
+    left_out: str = ""  # what is in no share
 
 
 class TableRow(NamedTuple):
@@ -140,7 +141,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> list[Panel]:
         xs, ys = zip(*overlaps, strict=True)
         line = Line("overlap", "accent", xs, [100 * y for y in ys])
         note = "weights that stay in the mask at each re-masking, per cent"
-        svg = line_plot("mask overlap", [line], "step", top=100)
+        svg = line_plot("mask overlap", [line], "step", right=steps[-1], top=100)
         found.append(Panel("Mask overlap", note, svg))
     return found
 
@@ -230,8 +231,8 @@ def _dots(comparison: Comparison, measure: Measure) -> list[Dot]:
 def _cell(share: Share | None) -> Cell | None:
     if share is None:
         return None
-    left_out = f", {share.undecided} undecided" if share.undecided else ""
-    return Cell(percent(share.share), f"{interval(share)} · {share.yes}/{share.n}{left_out}")
+    left_out = f"{share.undecided} undecided" if share.undecided else ""
+    return Cell(percent(share.share), f"{interval(share)} · {share.yes}/{share.n}", left_out)
 
 
 def _each(comparison: Comparison, make: Any) -> list[Cell | None]:
