@@ -1,0 +1,108 @@
+"""The reference and patch stages on a checkpoint from disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from patching import patch_spec
+from upath import UPath
+
+from qresafe import records
+from qresafe.artifacts import Artifact, Run
+from qresafe.errors import DataError
+from qresafe.hf.warm import ModelInput
+from qresafe.progress import Silent
+from qresafe.quantizers.rtn import quantize
+from qresafe.specs import RtnSpec
+from qresafe.stages.patch import needs_reference, patch
+from qresafe.stages.patch_output import read_tensors
+from qresafe.stages.reference import reference
+from qresafe.stages.runtime import InProcessRuntime, read_table, write_table
+
+OPTIONS = {"runtime": InProcessRuntime(), "progress": Silent()}
+
+
+@pytest.fixture(scope="module")
+def q0(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelInput:
+    folder = tmp_path_factory.mktemp("q0")
+    quantize(tiny_llama, folder, RtnSpec(group_size=16))
+    return ModelInput.in_folder(folder / "checkpoint", "q0")
+
+
+def made_pairs(run: Run, preferences: int = 4) -> Artifact:
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(preferences + 4):
+        rows.append(
+            dict.fromkeys(records.PAIR.names)
+            | {
+                "prompt_id": f"p{index}",
+                "kind": "harmful" if index < preferences else "benign",
+                "prompt": "x",
+                "chosen": "w",
+                "rejected": "l",
+                "preference": index < preferences,
+                "prompt_ids": draw.integers(6, 200, 5 + index).tolist(),
+                "chosen_ids": draw.integers(6, 200, 7).tolist(),
+                "rejected_ids": draw.integers(6, 200, 4 + index).tolist(),
+            }
+        )
+    table = pa.Table.from_pylist(rows, records.PAIR)
+
+    def work(folder: UPath) -> dict[str, Any]:
+        write_table(folder / "pairs.parquet", table)
+        return {}
+
+    return run.stage("pairs", spec={"n": preferences}, inputs={}, code_version=1, work=work)
+
+
+def test_reference_then_patch_from_disk(q0: ModelInput, tmp_path: Path) -> None:
+    """Batches of the reference stage differ from training's, yet the first loss is ln 2."""
+    run = Run(str(tmp_path), "t")
+    pairs = made_pairs(run)
+    spec = patch_spec(objective={"dpo": 1.0, "kl": 0.0, "anchor": 0.1}, batch_size=8, steps=4)
+    scored = reference(run, q0=q0, pairs=pairs, batch_size=3, **OPTIONS)
+    table = read_table(UPath(scored.path) / "reference.parquet")
+    assert table["prompt_id"].to_pylist() == ["p0", "p1", "p2", "p3"]
+    made = patch(run, q0=q0, pairs=pairs, reference=scored, spec=spec, **OPTIONS)
+    counts = made.manifest.counts
+    history = (UPath(made.path) / "history.jsonl").read_text().splitlines()
+    assert json.loads(history[0])["parts"]["dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    assert (counts["steps"], len(history)) == (4, 4)
+    assert 0 < counts["codes_changed"] < 1
+    codes = read_tensors(UPath(made.path) / "codes.safetensors")
+    assert all(tensor.abs().max() <= 8 for tensor in codes.values())
+    again = patch(run, q0=q0, pairs=pairs, reference=scored, spec=spec, **OPTIONS)
+    assert again.reused
+    rarely = spec.model_copy(update={"checkpoint_every": 50})
+    assert patch(run, q0=q0, pairs=pairs, reference=scored, spec=rarely, **OPTIONS).reused
+
+
+def test_reference_of_no_preference_is_an_empty_table(q0: ModelInput, tmp_path: Path) -> None:
+    run = Run(str(tmp_path), "t")
+    pairs = made_pairs(run, preferences=0)
+    scored = reference(run, q0=q0, pairs=pairs, batch_size=3, **OPTIONS)
+    assert read_table(UPath(scored.path) / "reference.parquet").num_rows == 0
+
+
+def test_patch_says_what_is_missing(q0: ModelInput, tmp_path: Path) -> None:
+    run = Run(str(tmp_path), "t")
+    pairs = made_pairs(run, preferences=0)
+    with_dpo = patch_spec(objective="paper")
+    with pytest.raises(DataError, match="no reference log-probs in patch: run the reference"):
+        patch(run, q0=q0, pairs=pairs, reference=None, spec=with_dpo, **OPTIONS)
+    kl_only = patch_spec(objective="default")
+    with pytest.raises(DataError, match=r"no pair serves the terms \['kl'\]"):
+        patch(run, q0=q0, pairs=pairs, reference=None, spec=kl_only, **OPTIONS)
+
+
+def test_reference_is_needed_by_the_dpo_term_and_the_dpo_score() -> None:
+    assert needs_reference(patch_spec(objective="paper"))
+    assert not needs_reference(patch_spec(objective="default"))
+    assert needs_reference(patch_spec(objective="default", mask={"loss": "dpo"}))
