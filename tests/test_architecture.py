@@ -36,7 +36,7 @@ MAY_IMPORT_NEIGHBOURS = [LEAVES, {"embedded", "hf"}, ROWS[-1]]
 OWNERS = {
     "ray": {"dist"},
     "deepspeed": {"dist"},
-    "transformers": {"hf"},
+    "transformers": {"hf", "embedded"},
     "peft": {"hf"},
     "trl": {"hf"},
     "bitsandbytes": {"hf"},

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from qresafe.benchmarks.base import find_column, prompt_table, text_column
-from qresafe.benchmarks.files import read_table
 from qresafe.errors import DataError
+from qresafe.hf.tables import read_table
 from qresafe.specs import PromptSetSpec
 
 ENVIRONMENT = "QRESAFE_ADVBENCH"

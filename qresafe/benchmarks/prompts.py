@@ -13,8 +13,8 @@ from qresafe.benchmarks.base import (
     prompt_table,
     text_column,
 )
-from qresafe.benchmarks.files import read_table
 from qresafe.errors import DataError
+from qresafe.hf.tables import read_table
 from qresafe.specs import PromptSetSpec
 
 

@@ -308,6 +308,16 @@ def load_tokenizer(path: str | Path | UPath, *, trust_remote_code: bool = False)
     return tokenizer
 
 
+def context_length(path: str, trust_remote_code: bool = False) -> int | None:
+    """Return how many positions a model was made for; None if its config does not say."""
+    from transformers import AutoConfig
+
+    folder = local_folder(path)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
 def fingerprint(path: str | Path | UPath) -> str:
     """Return a 16-hex-digit hash of all that decides a model's answers: weights, config, tokenizer.
 

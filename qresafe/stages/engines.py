@@ -10,12 +10,11 @@ import pyarrow as pa
 
 from qresafe.errors import DataError, ResourceError
 from qresafe.hf.chat import prompt_ids
-from qresafe.hf.models import load_tokenizer
+from qresafe.hf.models import context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.records import COMPLETION, PROMPT
 from qresafe.specs import GenerateSpec
 from qresafe.stages.runtime import BatchFunction, BatchJob, Row
-from qresafe.storage import local_folder
 
 # A part holds what was generated; the prompts' own columns join it when the stage assembles.
 ANSWER = pa.schema(
@@ -130,16 +129,6 @@ def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> l
             }
         )
     return rows
-
-
-def context_length(path: str, trust_remote_code: bool = False) -> int | None:
-    """Return how many positions a model was made for; None if its config does not say."""
-    from transformers import AutoConfig
-
-    folder = local_folder(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
 
 
 def answer_row(

@@ -8,8 +8,8 @@ from typing import get_args
 import pyarrow as pa
 
 from qresafe.benchmarks.base import find_column, load, prompt_table, text_column
-from qresafe.benchmarks.files import read_table
 from qresafe.errors import DataError, nearest
+from qresafe.hf.tables import read_table
 from qresafe.records import Kind
 from qresafe.specs import PairsSpec, PromptSetSpec
 
