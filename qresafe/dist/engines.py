@@ -74,18 +74,21 @@ class Stable:
 
     Args:
         threads: CPU threads per engine.
+        most: How many borrowers can be alive on one node and GPU at a time.
     """
 
     threads: int
+    most: int
     _free: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     _lent: dict[str, tuple[tuple[str, str], Any]] = field(default_factory=dict)
 
     def lend(self, borrower: str, node: str, gpus: str) -> Any:
         """Return an engine on `node` for these GPUs; always the same one to the same borrower."""
         if borrower not in self._lent:
-            stall = self._free.setdefault((node, gpus), [])
-            engine = stall.pop() if stall else self._start(node, gpus)
-            self._lent[borrower] = (node, gpus), engine
+            place = node, gpus
+            stall = self._free.setdefault(place, [])
+            engine = stall.pop() if stall else self._from_the_dead(place) or self._start(*place)
+            self._lent[borrower] = place, engine
         return self._lent[borrower][1]
 
     def take_back(self) -> None:
@@ -104,6 +107,11 @@ class Stable:
     def rest(self) -> None:
         """Let idle engines drop their models, before something else needs the memory."""
         ray.get([engine.rest.remote() for stall in self._free.values() for engine in stall])
+
+    def _from_the_dead(self, place: tuple[str, str]) -> Any | None:
+        """Return the engine of a borrower that must have died, as there is room for `most`."""
+        borrowers = [name for name, (lent_at, _) in self._lent.items() if lent_at == place]
+        return self._lent.pop(borrowers[0])[1] if len(borrowers) >= self.most else None
 
     def _start(self, node: str, gpus: str) -> Any:
         remote = ray.remote(Engine).options(

@@ -50,6 +50,12 @@ def threads_per_worker(resources: ResourcesSpec) -> int:
     return max(1, int(resources.cpus_per_worker))
 
 
+def _sharers(resources: ResourcesSpec) -> int:
+    """Return how many workers can be on the same device: many on a CPU, few on a GPU."""
+    each = resources.gpus_per_worker
+    return max(1, int(1 / each)) if each else resources.workers
+
+
 class RayRuntime:
     """Runs stages on Ray: batches on Ray Data, training on Ray Train.
 
@@ -71,7 +77,7 @@ class RayRuntime:
         # On the driver's node: when that node is lost, the experiment is lost anyway.
         placed = NodeAffinitySchedulingStrategy(here, soft=False)
         stable = ray.remote(Stable).options(num_cpus=0, scheduling_strategy=placed)
-        self._stable: Any = stable.remote(threads_per_worker(resources))
+        self._stable: Any = stable.remote(threads_per_worker(resources), _sharers(resources))
         if not resources.gpus_per_worker:  # imports overlap with what the driver does next
             self._stable.warm.remote(here, min(resources.workers, os.cpu_count() or 1))
 
@@ -131,6 +137,9 @@ def connect(address: str | None) -> None:
     Raises:
         ResourceError: Nothing answers there, or it asks for another token.
     """
+    # Ray gives its workers the lowest priority but four, yet here they do all the work: anything
+    # else that runs on the machine would starve them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
     try:
