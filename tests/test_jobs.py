@@ -1,0 +1,178 @@
+"""Jobs for real: a head of our own with token authentication, `ray job submit`, and the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ray_jobs.entry import job_experiment
+
+ROOT = Path(__file__).parents[1]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@dataclass
+class Cluster:
+    """A head on ports of its own."""
+
+    address: str
+    folder: Path
+    env: dict[str, str]
+
+    def submit(self, *entry: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", "."]
+        return subprocess.run(
+            [*command, "--", "python", "-m", *entry],
+            cwd=ROOT,
+            env=self.env | env,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Sockets of Ray need a short path, which pytest's tmp_path is not.
+    folder = Path(tempfile.mkdtemp(prefix="qj", dir="/tmp"))
+    gcs, dashboard, *rest = free_ports(7)
+    env = clean_environment(folder)
+    names = ["node-manager-port", "object-manager-port", "ray-client-server-port"]
+    names += ["dashboard-agent-listen-port", "dashboard-agent-grpc-port"]
+    ports = [f"--{name}={port}" for name, port in zip(names, rest, strict=True)]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}/ray"]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--include-dashboard=true"]
+    command += [*ports, "--object-store-memory=200000000", "--disable-usage-stats"]
+    with open(folder / "head.log", "w") as log:
+        head = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
+    try:
+        wait_for_agent(rest[3], head, folder / "head.log")
+        yield Cluster(f"http://127.0.0.1:{dashboard}", folder, env)
+    finally:
+        end_tree(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def clean_environment(folder: Path) -> dict[str, str]:
+    """Return an environment in which nothing points to another cluster."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for_agent(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the agent that runs jobs listens; `ray start` itself returns earlier."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert head.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"no agent listens on {port}: {log.read_text()}")
+
+
+def end_tree(head: subprocess.Popen[bytes]) -> None:
+    """End the head and its children only: `ray stop` would end every cluster of this machine."""
+    family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    head.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    for process in alive:
+        process.kill()
+    head.wait(timeout=20)
+
+
+@pytest.mark.ray
+def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
+    storage = cluster.folder / "store"
+    options = ["--preset", "cpu-smoke", "--storage", str(storage), "--json"]
+    job = cluster.submit("ray_jobs.run_experiment", *options)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "SUCCEEDED" in job.stdout or "succeeded" in job.stdout
+    (report,) = (storage / "runs" / "cpu-smoke" / "report").glob("*/report.html")
+    assert (report.parent / "DONE").exists()
+    (found,) = (storage / "runs" / "cpu-smoke" / "compare").glob("*/comparison.json")
+    arms = json.loads(found.read_text())["arms"]
+    assert [arm["label"] for arm in arms] == ["W", "control", "Q0", "Q", "adapter"]
+    assert str(report) in job.stdout
+
+    # A second job finds everything finished.
+    again = cluster.submit("ray_jobs.run_stage", "--stage", "export", *options)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert '"reused": true' in again.stdout
+    assert '"reused": false' not in again.stdout
+
+
+@pytest.mark.ray
+def test_a_mistake_fails_the_job_in_one_sentence(cluster: Cluster) -> None:
+    job = cluster.submit("ray_jobs.run_experiment", "--preset", "cpu-smok")
+    assert job.returncode != 0
+    assert "error: no preset named 'cpu-smok': did you mean cpu-smoke" in job.stdout
+    assert "Traceback" not in job.stdout
+
+
+@pytest.mark.ray
+def test_a_stranger_without_the_token_is_refused(cluster: Cluster) -> None:
+    other = cluster.folder / "other"
+    other.write_text(secrets.token_hex(32))
+    job = cluster.submit("ray_jobs.run_stage", "--help", RAY_AUTH_TOKEN_PATH=str(other))
+    assert job.returncode != 0
+    assert "Usage" not in job.stdout
+
+
+def test_a_job_keeps_its_results_outside_of_its_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def storage(given: str | None) -> str:
+        return job_experiment("demo", [], None, given, None).storage
+
+    monkeypatch.setenv("QRESAFE_STORAGE", str(tmp_path))
+    assert storage(None) == str(tmp_path)
+    assert storage("sub") == str(tmp_path / "sub")
+    assert storage("/absolute") == "/absolute"
+    assert storage("s3://bucket/x") == "s3://bucket/x"
+    monkeypatch.delenv("QRESAFE_STORAGE")
+    assert storage(None) == str(Path.home() / "qresafe")
+
+
+@pytest.mark.parametrize("module", ["run_experiment", "run_stage"])
+def test_entry_points_run_as_modules(module: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", f"ray_jobs.{module}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--preset" in found.stdout
