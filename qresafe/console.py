@@ -39,8 +39,8 @@ class _Part:
     unit: str
     done: int = 0
     note: str = ""
-    began: float = field(default_factory=time.monotonic)
-    shown: float = field(default_factory=time.monotonic)  # when a log last heard of it
+    began: float = field(default_factory=lambda: time.monotonic())
+    shown: float = field(default_factory=lambda: time.monotonic())  # when a log last heard of it
 
     def count(self) -> str:
         of = f"/{self.total}" if self.total is not None else ""
