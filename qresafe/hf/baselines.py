@@ -43,7 +43,7 @@ def dpo(
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     data = [{name: row[name] for name in names} for row in rows if row["preference"]]
     arguments = DPOConfig(
-        **_arguments(spec, len(data), work),
+        **trainer_arguments(spec, len(data), work),
         beta=spec.objective.beta,
         precompute_ref_log_probs=True,
         max_length=None,
@@ -73,7 +73,7 @@ def sft(
         }
         for row in rows
     ]
-    arguments = SFTConfig(**_arguments(spec, len(data), work), max_length=None)
+    arguments = SFTConfig(**trainer_arguments(spec, len(data), work), max_length=None)
     return _train(SFTTrainer, arguments, model, tokenizer, data, spec, layers)
 
 
@@ -124,7 +124,7 @@ def _train(
     return trained.model.merge_and_unload().eval()
 
 
-def _arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
+def trainer_arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
     import torch
 
     return {

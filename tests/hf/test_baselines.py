@@ -44,7 +44,7 @@ def test_dpo_loss_and_gradients_equal_trl_with_a_peft_adapter(
     theirs = tiny_model()
     quantize_in_place(theirs)
     args = DPOConfig(
-        **baselines._arguments(SPEC, len(rows), tmp_path),
+        **baselines.trainer_arguments(SPEC, len(rows), tmp_path),
         beta=SPEC.objective.beta,
         max_length=None,
     )
