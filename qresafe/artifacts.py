@@ -7,6 +7,7 @@ in the same folder and continues. `DONE` is written last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -66,11 +67,32 @@ class Run:
     Args:
         storage: A local folder or any fsspec URL (s3://, gs://, memory://).
         name: The run's name; its artefacts live under <storage>/runs/<name>.
+
+    Raises:
+        ResourceError: No file system is known for the URL's scheme.
     """
 
     def __init__(self, storage: str, name: str) -> None:
-        self.root = UPath(storage) / "runs" / name
+        try:
+            self.root = UPath(storage) / "runs" / name
+        except (ValueError, ImportError) as error:  # an unknown scheme, or its package is missing
+            remedy = "give a local folder or a URL such as s3://bucket/path"
+            raise ResourceError(
+                f"no such storage ({error})", where=storage, remedy=remedy
+            ) from None
         self.name = name
+
+    def check(self) -> None:
+        """Write a file and remove it, before hours of work end in "permission denied".
+
+        Raises:
+            ResourceError: The storage cannot be written.
+        """
+        probe = self.root / f".probe-{os.getpid()}"
+        with disk_errors(str(self.root)):
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_text(probe, "")
+            probe.unlink()
 
     def folder(self, stage: str, key: str) -> UPath:
         return self.root / stage / key
@@ -210,10 +232,10 @@ def disk_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == 28:
+        if error.errno == errno.ENOSPC:
             remedy = "free some space and run again: finished parts are kept"
             raise ResourceError("the disk is full", where=where, remedy=remedy) from error
-        if error.errno in (13, 30):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             remedy = "give a storage that you may write to"
             raise ResourceError("cannot write", where=where, remedy=remedy) from error
         raise

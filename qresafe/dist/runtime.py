@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
@@ -37,11 +38,14 @@ def make_runtime(resources: ResourcesSpec) -> Runtime:
     """Return what runs an experiment's stages: this process at `workers: 0`, else Ray.
 
     Raises:
-        ResourceError: The Ray cluster cannot be reached.
+        ResourceError: The Ray cluster cannot be reached, or there is no GPU in this process.
     """
     if resources.workers:
         return RayRuntime(resources)
     device = "cuda" if resources.gpus_per_worker else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        what = f"no GPU here, but resources.gpus_per_worker is {resources.gpus_per_worker:g}"
+        raise ResourceError(what, remedy="set it to 0, or run where torch sees a GPU")
     return InProcessRuntime(device, threads_per_worker(resources))
 
 

@@ -66,6 +66,7 @@ class Experiment:
         for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
             judges.get(name)
         _ = self.prompts, self.calibration, self.tokenizer
+        self.run.check()
 
     @cached_property
     def teacher(self) -> ModelInput:
