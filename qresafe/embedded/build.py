@@ -15,6 +15,7 @@ from typing import Any
 
 from qresafe.artifacts import content_key, hash_folder, versions, write_text
 from qresafe.embedded.calibration import Chat
+from qresafe.embedded.scoring import development_figures
 from qresafe.embedded.tokenizer import train_tokenizer
 from qresafe.embedded.training import alignment_chats, helpful_chats
 from qresafe.progress import Progress, Silent
@@ -33,8 +34,8 @@ class Recipe:
     ffn_size: int = 384  # a multiple of the usual group sizes, 32, 64 and 128
     max_positions: int = 512
     initializer_range: float = 0.05
-    helpful_chats: int = 27000
-    helpful_steps: int = 600
+    helpful_chats: int = 33600
+    helpful_steps: int = 700
     helpful_batch: int = 48
     helpful_lr: float = 3e-3
     refusals: int = 1000
@@ -108,6 +109,7 @@ def build(
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": losses,
+        "development": development_figures(model, tokenizer),
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - began, 1),

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qresafe.embedded import build as building
 from qresafe.embedded.build import Recipe, build, embedded_model_path, new_model
+from qresafe.embedded.scoring import _REFUSING, development_figures
 from qresafe.embedded.tokenizer import train_tokenizer
 
 TINY = Recipe(
@@ -29,6 +31,8 @@ TINY = Recipe(
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_tokenizer_texts", lambda: ["How do I bake bread?"] * 3)
+    few = partial(development_figures, limit=2)
+    monkeypatch.setattr(building, "development_figures", few)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -62,6 +66,10 @@ def test_tokenizer_encodes_any_text_and_renders_chats() -> None:
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == "<|system|>s<|end|><|user|>u<|end|><|assistant|>"
+
+
+def test_what_begins_a_refusal() -> None:
+    assert _REFUSING == ("I'm sorry", "I cannot assist with that because it is illegal.", "Sorry")
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
