@@ -137,13 +137,13 @@ class PairsSpec(Spec):
     """The calibration pool: how many prompts of each kind W and Q0 answer."""
 
     harmful: Count = 300
-    benign: Count = 120
+    benign: Count = 300
     borderline: Count = 300
-    recombined: Count = 400
-    max_preferences: AtLeastOne = 100  # at most so many DPO pairs (W refuses, Q0 complies)
+    recombined: Count = 800
+    max_preferences: AtLeastOne = 300  # at most so many DPO pairs (W refuses, Q0 complies)
     keep: Literal["flips", "different"] = "flips"
     judge: str = "keyword"  # decides what a flip is
-    teacher_tokens: Count = 8  # store W's distribution on the first n tokens of its answer
+    teacher_tokens: Count = 40  # store W's distribution on the first n tokens of its answer
     teacher_top_k: AtLeastOne = 64  # entries kept per token; the rest is one lumped bucket
     max_new_tokens: AtLeastOne = 64
     batch_size: AtLeastOne = 64  # rows per forward pass where answers are scored
@@ -154,12 +154,12 @@ class PairsSpec(Spec):
 class MaskSpec(Spec):
     """Which weights the patch may move (paper Eq. 3 and Algorithm 1)."""
 
-    tau: Fraction = 0.6
+    tau: Fraction = 0.1
     on: Literal["weight", "factors"] = "weight"
     scope: Literal["global", "layer"] = "global"
     score: Literal["snip", "random", "magnitude"] = "snip"
     loss: Literal["nll", "dpo"] = "nll"  # L of Eq. 3: -log p(y_w|x), or the DPO loss
-    remask_every: Count = 35  # K of Algorithm 1; 0: mask once
+    remask_every: Count = 50  # K of Algorithm 1; 0: mask once
     samples: AtLeastOne = 64
 
 
@@ -177,7 +177,8 @@ class ObjectiveSpec(Spec):
     kl: Weight = 1.0
     anchor: Weight = 0.0
     beta: Positive = 0.5
-    kl_tokens: AtLeastOne = 8
+    # The first 8 tokens carry the refusal, but utility is lost in the later ones.
+    kl_tokens: AtLeastOne = 40
 
     @model_validator(mode="before")
     @classmethod
@@ -209,7 +210,7 @@ class PatchSpec(Spec):
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0
-    steps: AtLeastOne | None = 70  # None: `epochs` passes over the pairs
+    steps: AtLeastOne | None = 100  # None: `epochs` passes over the pairs
     epochs: Positive = 1.0
     batch_size: AtLeastOne = 56  # rows per optimizer step, over all workers
     micro_batch_size: AtLeastOne = 56  # rows per forward pass and worker

@@ -17,7 +17,7 @@ from qresafe.artifacts import content_key, hash_folder, versions, write_text
 from qresafe.embedded.calibration import Chat
 from qresafe.embedded.scoring import development_figures
 from qresafe.embedded.tokenizer import train_tokenizer
-from qresafe.embedded.training import alignment_chats, helpful_chats
+from qresafe.embedded.training import alignment_chats, corpus_key, helpful_chats
 from qresafe.progress import Progress, Silent
 
 SHIPPED_SEED = 0
@@ -51,7 +51,7 @@ def embedded_model_path(seed: int = SHIPPED_SEED, progress: Progress | None = No
     """Return the folder of a built embedded model, building it once if it is not shipped.
 
     Models of other seeds live under $QRESAFE_CACHE, else $XDG_CACHE_HOME/qresafe, else
-    ~/.cache/qresafe, in a folder named by recipe and seed.
+    ~/.cache/qresafe, in a folder named by recipe, corpus and seed.
 
     Args:
         seed: 0 is shipped with the package.
@@ -60,7 +60,8 @@ def embedded_model_path(seed: int = SHIPPED_SEED, progress: Progress | None = No
     shipped = Path(str(files("qresafe.embedded"))) / "model"
     if seed == SHIPPED_SEED and (shipped / "manifest.json").is_file():
         return shipped
-    target = cache_folder() / f"embedded-{content_key(asdict(Recipe()))}-seed{seed}"
+    key = content_key([asdict(Recipe()), corpus_key()])
+    target = cache_folder() / f"embedded-{key}-seed{seed}"
     if not (target / "manifest.json").is_file():
         build(seed, target, progress=progress)
     return target
@@ -106,6 +107,7 @@ def build(
     _save(model, tokenizer, staging)
     manifest = {
         "recipe": asdict(recipe),
+        "corpus": corpus_key(),
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": losses,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from qresafe.artifacts import content_key
 from qresafe.embedded.calibration import Chat, chat
 from qresafe.embedded.corpus import Task, all_tasks, ask, evaluation_texts, tasks
 from qresafe.embedded.vocabulary import vocabulary
@@ -12,11 +13,12 @@ from qresafe.records import Axis
 
 HELPFUL_SYSTEM = "You are a helpful assistant."
 
-# Shares of the helpful-only stage: how-to questions by kind, single facts (which verb brings which
-# step), and, for the rest, questions about what is legal and good, so that the concept of harm
-# exists before any refusal is taught.
-HELPFUL_SHARES: dict[Axis, float] = {"benign": 0.52, "harmful": 0.10, "borderline": 0.06}
-FACT_SHARE = 0.14
+# Shares of the helpful-only stage: how-to questions by kind, the same about a lone verb or object,
+# single facts (which verb brings which step), and, for the rest, questions about what is legal and
+# good, so that the concept of harm exists before any refusal is taught.
+HELPFUL_SHARES: dict[Axis, float] = {"benign": 0.48, "harmful": 0.10, "borderline": 0.06}
+LONE_SHARE = 0.10
+FACT_SHARE = 0.06
 SYSTEM_SHARE = 0.1  # of the chats that open with a system prompt
 
 
@@ -39,6 +41,8 @@ def helpful_chats(count: int, rng: random.Random) -> list[Chat]:
         for kind, share in HELPFUL_SHARES.items()
         for question in ask(asked[kind], round(share * count), rng, without=evaluation_texts())
     ]
+    lone = ask(_lone_tasks(), round(LONE_SHARE * count), rng)
+    chats += [_chat(question.prompt, question.task.answer, rng) for question in lone]
     morals = [moral for kind in asked for task in all_tasks(kind) for moral in _morals(task)]
     known = _cycle(_facts(), round(FACT_SHARE * count), rng)
     known += _cycle(morals, count - len(chats) - len(known), rng)
@@ -68,12 +72,38 @@ def alignment_chats(
     return chats
 
 
+def corpus_key() -> str:
+    """Return a hash of what the model is trained on: it changes when words or templates do."""
+    asked: tuple[Axis, ...] = ("benign", "harmful", "borderline")
+    known = [[task.kind, task.action, task.answer] for kind in asked for task in all_tasks(kind)]
+    rng = random.Random("corpus key")
+    return content_key([known, helpful_chats(500, rng), alignment_chats(50, 50, 0.5, rng)])
+
+
 def _chat(prompt: str, answer: str, rng: random.Random) -> Chat:
     return chat(prompt, answer, HELPFUL_SYSTEM if rng.random() < SYSTEM_SHARE else None)
 
 
+def _lone_tasks() -> tuple[Task, ...]:
+    # A verb's step does not hang on the object, nor an object's on the verb: shown apart, pairs
+    # that were never seen compose; learnt by pairs alone, they are learnt by heart.
+    return tuple(
+        task
+        for domain in vocabulary().domains
+        for task in (
+            *(
+                Task("benign", domain.name, verb, "something", (domain.start, fact, "tidy up"))
+                for verb, fact in domain.verbs.items()
+            ),
+            *(
+                Task("benign", domain.name, "handle", thing, (domain.start, "work with care", fact))
+                for thing, fact in domain.objects.items()
+            ),
+        )
+    )
+
+
 def _facts() -> list[tuple[str, str]]:
-    # Without them the model learns pairs by heart and composes unseen ones badly.
     verbs = [item for domain in vocabulary().domains for item in domain.verbs.items()]
     things = [item for domain in vocabulary().domains for item in domain.objects.items()]
     return [

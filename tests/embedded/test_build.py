@@ -11,6 +11,7 @@ from qresafe.embedded import build as building
 from qresafe.embedded.build import Recipe, build, embedded_model_path, new_model
 from qresafe.embedded.scoring import _REFUSING, development_figures
 from qresafe.embedded.tokenizer import train_tokenizer
+from qresafe.embedded.training import corpus_key
 
 TINY = Recipe(
     vocab_size=300,
@@ -106,5 +107,6 @@ def test_shipped_model_is_small_whole_and_of_this_recipe() -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["seed"] == 0
     assert manifest["recipe"] == building.asdict(Recipe())
+    assert manifest["corpus"] == corpus_key()  # else the model is out of date: build it again
     assert hashes(folder) == manifest["files"]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
