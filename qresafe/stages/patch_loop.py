@@ -189,7 +189,9 @@ class PatchLoop:
                 seen = [float(loss.detach()), batch.tokens, *shown]
                 sums += torch.tensor(seen, dtype=torch.float64)
         loss_sum, tokens, *terms = engine.all_reduce(sums.to(engine.device)).tolist()
-        parts = {name: mean for (name, rows), mean in zip(counts.items(), terms, strict=True) if rows}
+        parts = {
+            name: mean for (name, rows), mean in zip(counts.items(), terms, strict=True) if rows
+        }
         return loss_sum, parts, int(tokens)
 
     def _mask_due(self) -> bool:
