@@ -39,6 +39,9 @@ class SnipScorer:
         layers: Name -> layer.
         folder: Of the temporary files; None: the system's.
         keep_bytes: Up to this size all sums together stay in memory, on the layer's device.
+        rows_per_sample: Rows of a batch that make one sample, e.g. 2 where L(x) compares two
+            answers: of n samples, rows s, s + n, ... belong to sample s, and are summed before
+            the absolute value is taken.
 
     Raises:
         ResourceError: The folder has too little space for one float32 per weight.
@@ -50,8 +53,9 @@ class SnipScorer:
         *,
         folder: Path | None = None,
         keep_bytes: int = 1 << 26,
+        rows_per_sample: int = 1,
     ) -> None:
-        self.layers = dict(layers)
+        self.layers, self._rows_per_sample = dict(layers), rows_per_sample
         shapes = {name: _shape(layer) for name, layer in self.layers.items()}
         spill = 4 * sum(shape.numel() for shape in shapes.values()) > keep_bytes
         self._sums = {
@@ -82,15 +86,15 @@ class SnipScorer:
         return SnipScores(self.layers, self._sums)
 
     def _hook(self, name: str) -> Any:
-        total = self._sums[name]
+        total, together = self._sums[name], self._rows_per_sample
 
         def after_forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if not torch.is_grad_enabled():
                 return output
             if not output.requires_grad:  # all before it is frozen: the graph starts here
                 output = output.detach().requires_grad_()
-            seen = inputs[0].detach()
-            output.register_hook(lambda gradient: _accumulate(total, seen, gradient))
+            seen = _by_sample(inputs[0].detach(), together)
+            output.register_hook(lambda g: _accumulate(total, seen, _by_sample(g, together)))
             return output
 
         return after_forward
@@ -125,16 +129,18 @@ class SnipScores(Mapping[str, Tensor]):
         return len(self._sums)
 
 
+def _by_sample(rows: Tensor, together: int) -> Tensor:
+    """Return (samples, tokens, features) of a layer's input or gradient (rows, ..., features)."""
+    return rows.unflatten(0, (together, -1)).transpose(0, 1).flatten(1, -2)
+
+
 @torch.no_grad()
-def _accumulate(total: Tensor, inputs: Tensor, gradient: Tensor) -> None:
-    """Add the sum over samples of |gradient_b^T inputs_b| to `total` (out, in)."""
-    samples = inputs.shape[0]
-    x = inputs.reshape(samples, -1, inputs.shape[-1])
-    delta = gradient.reshape(samples, -1, gradient.shape[-1])
-    for rows in row_blocks(total.shape[0], total.shape[1], inputs.device):
+def _accumulate(total: Tensor, x: Tensor, delta: Tensor) -> None:
+    """Add the sum over samples b of |delta_b^T x_b| to `total` (out, in)."""
+    for rows in row_blocks(total.shape[0], total.shape[1], x.device):
         block = torch.empty(total[rows].shape, dtype=x.dtype, device=x.device)
         part = torch.zeros_like(block, dtype=total.dtype)
-        for sample in range(samples):
+        for sample in range(len(x)):
             torch.mm(delta[sample, :, rows].T, x[sample], out=block)
             part.add_(block.abs_())
         total[rows] += part.to(total.device)

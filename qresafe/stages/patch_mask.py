@@ -62,7 +62,8 @@ def snip_scores(
     layer, so that no more than one layer's scores are held besides the scorer's own sums.
     """
     loss = _sample_loss(spec.mask, spec.objective.beta)
-    with SnipScorer(layers) as scorer:
+    answers = 2 if spec.mask.loss == "dpo" else 1  # one loss compares both, so both are one sample
+    with SnipScorer(layers, rows_per_sample=answers) as scorer:
         for batch, live in _micro_batches(rows, engine, spec.micro_batch_size):
             logits = head.logits(model, batch.ids, batch.positions)
             (loss(logits, batch) * live).backward()

@@ -62,6 +62,12 @@ def _brute_force(model, ids):
     return totals
 
 
+def _pair_losses(model, ids):
+    """A DPO-like loss of pairs: row s is compared with row s + pairs, (pairs,)."""
+    chosen, rejected = _sample_losses(model, ids).chunk(2)
+    return -nn.functional.logsigmoid(rejected - chosen)
+
+
 def _layers(model):
     return {name: model.get_submodule(name) for name in NAMES}
 
@@ -185,3 +191,19 @@ def test_files_are_gone_at_once_and_a_full_disk_is_a_sentence(tmp_path, toy, mon
 def test_a_layer_without_a_matrix_is_refused():
     with pytest.raises(ModelError, match="LayerNorm has no matrix weight"):
         SnipScorer({"norm": nn.LayerNorm(3)})
+
+
+def test_a_loss_of_two_rows_is_one_sample(toy, ids):
+    """|g_w + g_l| per pair, not |g_w| + |g_l|: the sample of Eq. 3 is what has a loss."""
+    pairs = torch.cat([ids[:2], ids[2:4]])  # (0, 2) and (1, 3)
+    with SnipScorer(_layers(toy), rows_per_sample=2) as scorer:
+        _pair_losses(toy, pairs).sum().backward()
+    expected = dict.fromkeys(NAMES, 0.0)
+    for first, second in ((0, 2), (1, 3)):
+        toy.zero_grad()
+        _pair_losses(toy, ids[[first, second]]).sum().backward()
+        for name in NAMES:
+            weight = toy.get_submodule(name).weight
+            expected[name] = expected[name] + (weight * weight.grad).abs().detach()
+    for name, scores in scorer.scores().items():
+        torch.testing.assert_close(scores, expected[name])
