@@ -13,7 +13,8 @@ from functools import cached_property
 import pyarrow as pa
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.errors import SpecError, nearest
+from qresafe.errors import DataError, SpecError, nearest
+from qresafe.hf.chat import prompt_ids
 from qresafe.hf.models import load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
@@ -22,7 +23,7 @@ from qresafe.specs import ExperimentSpec, GenerateSpec
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.compare import compare
 from qresafe.stages.export import export
-from qresafe.stages.generate import generate
+from qresafe.stages.generate import check_prompts, generate
 from qresafe.stages.judge import judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
@@ -65,7 +66,12 @@ class Experiment:
         quantizers.get(self.spec.quantize.method)
         for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
             judges.get(name)
-        _ = self.prompts, self.calibration, self.tokenizer
+        asked, pool = check_prompts(self.prompts), check_prompts(self.calibration)
+        prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
+        if leaked := set(asked["prompt"].to_pylist()) & set(pool["prompt"].to_pylist()):
+            what = f"{len(leaked)} prompts, {min(leaked)!r} first, are both learned and evaluated"
+            remedy = "take them out of pairs.path or out of evaluate.prompts"
+            raise DataError(what, where="the experiment", remedy=remedy)
         self.run.check()
 
     @cached_property
@@ -91,7 +97,12 @@ class Experiment:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The arms that this experiment has, in table order."""
+        """The arms that this experiment has, in table order.
+
+        Raises:
+            SpecError: An endpoint answers: it is one model, whatever the arm is called.
+        """
+        self._require_own_answers(Q)
         absent = set()
         if not self.quantized.manifest.counts["control"]:
             absent.add(CONTROL)
@@ -176,6 +187,8 @@ class Experiment:
         """Return an arm's answers to the evaluation or the calibration prompts."""
         if (arm, on) in self._answers:
             return self._answers[arm, on]
+        if on == EVALUATION:
+            self._require_own_answers(arm)
         made = generate(
             self.run,
             label=arm if on == EVALUATION else f"{arm} on {on}",
@@ -217,6 +230,12 @@ class Experiment:
             stages=tuple(self.stages),
         )
         return self._note("report", report(self.run, given, self.progress))
+
+    def _require_own_answers(self, arm: str) -> None:
+        if arm != W and self.spec.evaluate.generate.engine == "openai":
+            what = f"engine 'openai' asks its endpoint, so {arm} would not be what answers"
+            remedy = "use engine transformers or vllm; `generate --arm W` may ask an endpoint"
+            raise SpecError(what, where="evaluate.generate", remedy=remedy)
 
     def _generation(self, on: str) -> GenerateSpec:
         """Calibration answers are greedy, whatever the evaluation's decoding is."""
