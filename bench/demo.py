@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from qresafe.loading import read_yaml
 
 HERE = Path(__file__).parent
 AXES = ("harmful", "benign", "borderline")
@@ -38,6 +39,18 @@ class Cell:
     seconds: float | None  # of training the patch
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of one table with one seed: which experiment, and which of its arms."""
+
+    scenario: str
+    label: str
+    arm: str
+    preset: str
+    settings: dict[str, Any]
+    seed: int
+
+
 def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -46,54 +59,61 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="scenarios, and 'rounding'")
     parser.add_argument("--storage", default=".bench")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results-demo.md")
     args = parser.parse_args()
-    plan = yaml.safe_load((HERE / "demo.yaml").read_text())
-    wanted = args.only or [*plan["scenarios"], "rounding"]
+    last_start = time.time() + 60 * args.minutes
     with ProcessPoolExecutor(args.processes) as pool:
         tasks = [
-            pool.submit(measure_part, part, seed, args.split, args.storage)
-            for part in wanted
-            for seed in args.seeds
+            pool.submit(measure_rows, rows, args.split, args.storage, last_start)
+            for rows in batches(args.only, args.seeds)
         ]
         cells = [cell for task in tasks for cell in task.result()]
     from bench.demo_page import page
 
     text = page(cells, args.split)
     print(text)
-    out = args.out or (HERE.parent / "docs" / "results-demo.md" if args.split == "test" else None)
-    if out:
-        out.write_text(text)
-        lines = [json.dumps(asdict(cell)) for cell in cells]
-        Path(args.storage, f"cells-{args.split}.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [json.dumps(asdict(cell)) for cell in cells]
+    Path(args.storage, f"cells-{args.split}.jsonl").write_text("\n".join(lines) + "\n")
+    if args.split == "test":
+        args.out.write_text(text)
 
 
-def measure_part(part: str, seed: int, split: str, storage: str) -> list[Cell]:
-    """Measure every row of one scenario (or of `rounding`) with one seed, on one thread."""
+def batches(only: Sequence[str] | None, seeds: Sequence[int]) -> list[list[Row]]:
+    """Return the rows in the order of their weight: what others build on, then each variant.
+
+    The rows of a batch share stages, so one process measures them one after the other.
+    """
+    plan = read_yaml((HERE / "demo.yaml").read_text())
+    wanted = only or [*plan["scenarios"], "rounding"]
+    found: list[list[Row]] = []
+    for part, scenario in plan["scenarios"].items():
+        base = scenario.get("set", {})
+        arms = [(part, arm, arm, scenario["preset"], base) for arm in ("W", "control", "Q0", "Q")]
+        found += [[Row(*arm, seed) for arm in arms] for seed in seeds if part in wanted]
+    if "rounding" in wanted:
+        rounded = [("rounding", row["label"], "Q0", "demo", row) for row in plan["rounding"]]
+        found += [[Row(*row, seed) for row in rounded] for seed in seeds]
+    for variant in plan["variants"]:
+        part = variant["scenario"]
+        scenario = plan["scenarios"][part]
+        settings = merged(scenario.get("set", {}), {"patch": variant.get("set", {})})
+        row = (part, variant["label"], variant.get("arm", "Q"), scenario["preset"], settings)
+        found += [[Row(*row, seed)] for seed in seeds if part in wanted]
+    return found
+
+
+def measure_rows(rows: Sequence[Row], split: str, storage: str, last_start: float) -> list[Cell]:
+    """Measure rows that share stages, on one thread; none is started after `last_start`."""
     import torch
 
     torch.set_num_threads(1)
-    plan = yaml.safe_load((HERE / "demo.yaml").read_text())
-    if part == "rounding":
-        return [
-            measure(_experiment("demo", seed, split, storage, row), "rounding", row["label"], "Q0")
-            for row in plan["rounding"]
-        ]
-    return list(_scenario(part, plan, seed, split, storage))
-
-
-def _scenario(part: str, plan: Any, seed: int, split: str, storage: str) -> Iterator[Cell]:
-    scenario = plan["scenarios"][part]
-    base = scenario.get("set", {})
-    experiment = _experiment(scenario["preset"], seed, split, storage, base)
-    for arm in ("W", "control", "Q0", "Q"):
-        yield measure(experiment, part, arm, arm)
-    for variant in plan["variants"]:
-        if variant["scenario"] != part:
-            continue
-        settings = merged(base, {"patch": variant.get("set", {})})
-        experiment = _experiment(scenario["preset"], seed, split, storage, settings)
-        yield measure(experiment, part, variant["label"], variant.get("arm", "Q"))
+    cells = []
+    for row in rows:
+        if time.time() < last_start:
+            experiment = _experiment(row.preset, row.seed, split, storage, row.settings)
+            cells.append(measure(experiment, row.scenario, row.label, row.arm))
+    return cells
 
 
 def _experiment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -14,6 +15,28 @@ from qresafe.registry import quantizers
 from qresafe.specs import Spec
 
 S = TypeVar("S", bound=Spec)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose only booleans are true and false: YAML 1.1 reads the key `on` as True."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """Return the data of a YAML text; only JSON-able types are made.
+
+    Raises:
+        yaml.YAMLError: The text is malformed.
+    """
+    return yaml.load(text, Loader=_Loader)
 
 
 def load_spec(
@@ -50,7 +73,7 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     if not path.is_file():
         raise SpecError("no such spec file", where=str(path), remedy="give the path of a YAML file")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"malformed YAML ({error})".replace("\n", " "), where=str(path)) from None
     if data is None:
@@ -80,7 +103,7 @@ def _set(data: dict[str, Any], override: str) -> None:
             )
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = read_yaml(text)
     except yaml.YAMLError:
         raise SpecError(f"--set {override!r}: the value is not YAML", remedy="quote it") from None
 

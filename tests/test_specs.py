@@ -184,3 +184,10 @@ def test_presets_are_found_from_anywhere(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "demo"
+
+
+def test_a_yaml_file_may_say_on_without_quotes(tmp_path: Path) -> None:
+    config = tmp_path / "e.yaml"
+    config.write_text("patch: {mask: {on: factors}, through_grid: false}\ncontrol: True\n")
+    spec = load_spec(ExperimentSpec, config)
+    assert (spec.patch.mask.on, spec.patch.through_grid, spec.control) == ("factors", False, True)

@@ -8,8 +8,8 @@ from typing import Any
 
 from upath import UPath
 
-from qresafe.artifacts import Artifact, Run, hash_file
-from qresafe.errors import DataError
+from qresafe.artifacts import Artifact, Run, content_key
+from qresafe.embedded.calibration import calibration_chats
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.registry import quantizers
@@ -53,7 +53,7 @@ def quantize(
     artifact = run.stage(
         "quantize",
         spec=spec.model_dump(mode="json") | {"control": control},
-        inputs={"model": model.key} | _calibration_file(spec),
+        inputs={"model": model.key} | _calibration(spec),
         code_version=CODE_VERSION,
         work=work,
     )
@@ -66,11 +66,8 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-def _calibration_file(spec: QuantizeSpec) -> dict[str, str]:
-    if not isinstance(spec, LlmQatSpec) or spec.calibration.path is None:
+def _calibration(spec: QuantizeSpec) -> dict[str, str]:
+    """Return the content of the chats that a fine-tuning method learns from, as a stage input."""
+    if not isinstance(spec, LlmQatSpec):
         return {}
-    path = Path(spec.calibration.path)
-    if not path.is_file():
-        remedy = "give a JSONL file as quantize.calibration.path"
-        raise DataError("no such calibration file", where=str(path), remedy=remedy)
-    return {"calibration": hash_file(path)}
+    return {"calibration": content_key(calibration_chats(spec.calibration, spec.seed))}
