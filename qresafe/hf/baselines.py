@@ -125,6 +125,7 @@ def _train(
 
 
 def trainer_arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
+    """Return transformers' training arguments that mean the same as a patch's spec."""
     import torch
 
     return {
