@@ -79,14 +79,19 @@ def _worker(config: dict[str, Any]) -> None:
     from qresafe.progress import Silent
 
     job, board = cast(RankedJob, config["job"]), config["board"]
+    if ray.get(board.error.remote()) is not None:
+        return  # this group was started again only to end
     engine = make_engine(get_device(), job.spec.zero_stage)
     progress: Progress = Silent() if engine.rank else Posted(board)
     try:
         with cpu_threads(config["threads"]), disk_errors(str(config["folder"])):
             job.run(engine, config["folder"], progress)
     except UserError as error:
-        # No reason to try again: the driver raises it, and this worker ends as if well.
+        # No reason to try again: the driver raises it, and a lone worker ends as if well. Other
+        # ranks may wait for this one in a collective; a failure has the whole group stopped.
         ray.get(board.fail.remote(error))
+        if engine.world_size > 1:
+            raise
 
 
 def _trainer(config: dict[str, Any], folder: UPath, resources: ResourcesSpec) -> TorchTrainer:
