@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from qresafe.hf.batching import left_pad, right_pad
 from qresafe.hf.chat import end_id
 from qresafe.hf.kv_cache import preallocated_cache
 from qresafe.hf.sampling import Sampler
-from qresafe.specs import GenerateSpec
+
+if TYPE_CHECKING:  # so that a bare GPU machine needs no pydantic (bench/gpu.py)
+    from qresafe.specs import GenerateSpec
 
 # Rows that ended are dropped when so few are left that copying the others' cache pays.
 COMPACT_BELOW = 0.75

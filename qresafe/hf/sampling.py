@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from qresafe.specs import GenerateSpec
+if TYPE_CHECKING:  # so that a bare GPU machine needs no pydantic (bench/gpu.py)
+    from qresafe.specs import GenerateSpec
 
 
 class Sampler:

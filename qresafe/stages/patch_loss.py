@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qresafe.core.objectives import dpo_loss, kl_loss
-from qresafe.hf.answer_head import AnswerHead
-from qresafe.specs import ObjectiveSpec
-from qresafe.stages.patch_data import Batch
+
+if TYPE_CHECKING:  # so that a bare GPU machine needs no pyarrow (bench/gpu.py)
+    from qresafe.hf.answer_head import AnswerHead
+    from qresafe.specs import ObjectiveSpec
+    from qresafe.stages.patch_data import Batch
 
 
 def term_losses(logits: Tensor, batch: Batch, beta: float) -> dict[str, Tensor]:
