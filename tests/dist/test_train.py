@@ -65,7 +65,7 @@ def local(spec: PatchSpec, folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(UPath(folder / "adapter.safetensors"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])  # 0 and 1: tests/stages, over gloo without Ray
 def test_two_workers_one_killed_equal_two_undisturbed(stage: int, tmp_path: Path) -> None:
     """Rank 1 is killed before its fifth step, one step behind the checkpoint of step 3."""
     spec = patch_spec(zero_stage=stage, through_grid=False)
