@@ -1,7 +1,7 @@
 """All speed comparisons of this machine in one table: patch step, SNIP, generation, Ray.
 
-Every figure is a ratio to a peer that ran in the same process and took turns with ours; the
-benches beside this file say how.
+Every figure is a ratio to a peer that ran in the same command on the same machine; the benches
+beside this file say how.
 
     python -m bench.speed            # about six minutes on two quiet cores; docs/results-speed.md
     python -m bench.speed --quick    # tiny shapes, to try the code; prints, writes nothing
@@ -171,7 +171,7 @@ def render(rows: list[Row], command: str) -> str:
         "",
         f"Made by `{command}` on {datetime.date.today()}: {os.cpu_count()} cores "
         f"({platform.machine()}), load {os.getloadavg()[0]:.1f} at the end, "
-        f"torch {torch.__version__}. Both sides of a ratio ran in the same process, in turns.",
+        f"torch {torch.__version__}. Both sides of a ratio ran in the same command.",
         "",
         "| what | ratio | target | met | measured | command |",
         "|---|---:|---:|---|---|---|",
@@ -194,6 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
     parts = [options.only] if options.only else list(PARTS)
     page = render([row for part in parts for row in PARTS[part](options.quick)], _command(options))
     print(page)
+    if options.quick:
+        print("Tiny shapes: these ratios show that the code runs, and nothing else.")
     if not options.quick and not options.only:
         RESULTS.write_text(page)
 
