@@ -36,7 +36,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: The text is malformed.
     """
-    return yaml.load(text, Loader=_Loader)
+    return _Loader(text).get_single_data()
 
 
 def load_spec(
