@@ -195,12 +195,6 @@ def magnitude_scores(weights: Mapping[str, Callable[[], Tensor]]) -> LazyScores:
     return LazyScores({name: maker(name) for name in weights})
 
 
-def overlap(a: Tensor, b: Tensor) -> float:
-    """Return |a and b| / max(|a|, |b|), 0 to 1; 1 if both masks are empty."""
-    larger = max(int(a.sum()), int(b.sum()))
-    return int((a & b).sum()) / larger if larger else 1.0
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     """Return a bool mask as uint8, 8 entries a byte (first entry in the lowest bit)."""
     packed = np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little")

@@ -61,17 +61,6 @@ def dpo_loss(
     return -F.logsigmoid(beta * margin)
 
 
-def nll_loss(logps: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of -log p over the answer tokens of every row, (rows,); 0 without tokens.
-
-    Args:
-        logps: (rows, tokens - 1) from `token_logps`.
-        labels: (rows, tokens), -100 for prompt and padding.
-    """
-    tokens = (labels[:, 1:] != IGNORED).sum(1)
-    return -logps.sum(1) / tokens.clamp(min=1)
-
-
 def kl_loss(
     student_logits: Tensor,
     teacher_ids: Tensor,
@@ -105,37 +94,19 @@ def kl_loss(
     return inside.sum(1) / token_mask.sum(1).clamp(min=1)
 
 
-def masked_mean(losses: Tensor, rows: Tensor, count: float | None = None) -> Tensor:
-    """Return the mean of `losses` over the rows that a term applies to; 0 if there are none.
-
-    Args:
-        losses: (rows,).
-        rows: (rows,) bool.
-        count: Divide by this instead, e.g. the number of such rows in the whole optimizer batch,
-            which makes the gradient independent of how it is cut into micro-batches and workers.
-    """
-    total = torch.where(rows, losses, 0.0).sum()
-    return total / (rows.sum().clamp(min=1) if count is None else max(count, 1.0))
-
-
 def objective(
-    losses: Mapping[str, Tensor],
-    rows: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    counts: Mapping[str, float] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum of the terms, and each term's own mean (detached).
+    losses: Mapping[str, Tensor], weights: Mapping[str, float], counts: Mapping[str, int]
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the weighted sum of the terms' means, and each term's own mean.
+
+    A mean is over the term's rows in the whole optimizer batch, so that the gradient does not
+    depend on how it is cut into micro-batches and workers: their results add up.
 
     Args:
-        losses: Term -> (rows,) losses. Only terms with a weight need to be here.
-        rows: Term -> (rows,) bool, the rows that it applies to.
-        weights: Term -> weight >= 0; one that `losses` lacks must be 0.
-        counts: Term -> rows to divide by, see `masked_mean`.
+        losses: Term -> the losses of its rows in this micro-batch; at least one term.
+        weights: Term -> weight >= 0.
+        counts: Term -> its rows in the whole optimizer batch.
     """
-    means = {
-        name: masked_mean(losses[name], rows[name], counts[name] if counts else None)
-        for name, weight in weights.items()
-        if weight
-    }
+    means = {name: loss.sum().float() / counts[name] for name, loss in losses.items()}
     total = torch.stack([weights[name] * mean for name, mean in means.items()]).sum()
-    return total, {name: mean.detach() for name, mean in means.items()}
+    return total, {name: float(mean.detach()) for name, mean in means.items()}

@@ -19,13 +19,14 @@ from upath import UPath
 from qresafe.core.grids import QuantizedTensor
 from qresafe.core.masked_lora import MaskedLoraLinear, attach
 from qresafe.core.masks import pack_bits, unpack_bits
+from qresafe.core.objectives import objective
 from qresafe.errors import ResourceError, UserError
 from qresafe.hf.answer_head import AnswerHead
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
-from qresafe.stages.patch_loss import term_losses, weighted_loss
+from qresafe.stages.patch_loss import term_losses
 from qresafe.stages.patch_mask import renew_masks
 from qresafe.stages.patch_output import codes_changed, write_results
 from qresafe.stages.train_engine import TrainEngine
@@ -182,7 +183,7 @@ class PatchLoop:
             batch = collate(rows, spec.objective.kl_tokens).to(engine.device)
             logits = self.head.logits(self.forward, batch.ids, batch.positions)
             losses = term_losses(logits, batch, spec.objective.beta)
-            loss, parts = weighted_loss(losses, spec.objective, counts)
+            loss, parts = objective(losses, self.pool.weights, counts)
             engine.backward(loss * bool(mine), last=number == len(shares) - 1)
             if mine:
                 shown = [parts.get(name, 0.0) for name in counts]

@@ -1,9 +1,8 @@
-"""One micro-batch's part of the objective: a weighted sum of named terms over its rows."""
+"""What each term of the objective says of a micro-batch, row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,8 +11,6 @@ from torch.nn import functional as F
 from qresafe.core.objectives import dpo_loss, kl_loss
 
 if TYPE_CHECKING:  # so that a bare GPU machine needs no pyarrow (bench/gpu.py)
-    from qresafe.hf.answer_head import AnswerHead
-    from qresafe.specs import ObjectiveSpec
     from qresafe.stages.patch_data import Batch
 
 
@@ -51,29 +48,6 @@ def answer_logps(logits: Tensor, batch: Batch) -> Tensor:
     tokens = -F.cross_entropy(logits.float(), batch.targets, reduction="none")
     sums = tokens.new_zeros(len(batch.answer_tokens))
     return sums.index_add(0, batch.sequence, tokens)
-
-
-def weighted_loss(
-    losses: Mapping[str, Tensor], objective: ObjectiveSpec, counts: Mapping[str, int]
-) -> tuple[Tensor, dict[str, float]]:
-    """Return this micro-batch's share of the global batch's loss, and of each term's mean.
-
-    Every term is a mean over its rows in the *global* batch, so that the gradient does not
-    depend on how the batch is cut into micro-batches and workers.
-
-    Args:
-        losses: From `term_losses`.
-        objective: The terms' weights.
-        counts: term -> rows it applies to in the global batch.
-    """
-    means = {name: value.sum() / counts[name] for name, value in losses.items()}
-    total = torch.stack([getattr(objective, name) * mean.float() for name, mean in means.items()])
-    return total.sum(), {name: float(mean.detach()) for name, mean in means.items()}
-
-
-def batch_logits(head: AnswerHead, forward: Any, batch: Batch) -> Tensor:
-    """Return the logits (N, vocabulary) that predict the batch's answer tokens."""
-    return head.logits(forward, batch.ids, batch.positions)
 
 
 def _kl(logits: Tensor, batch: Batch) -> Tensor:

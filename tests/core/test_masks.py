@@ -11,7 +11,6 @@ from qresafe.core.masks import (
     HistogramQuantile,
     factor_masks,
     magnitude_scores,
-    overlap,
     pack_bits,
     random_scores,
     top_fraction,
@@ -125,14 +124,6 @@ def test_random_scores_depend_on_seed_and_name_alone():
 def test_magnitude_scores_are_absolute_weights():
     weight = torch.tensor([[1.0, -2.0]])
     assert magnitude_scores({"a": lambda: weight})["a"].tolist() == [[1.0, 2.0]]
-
-
-def test_overlap():
-    a = torch.tensor([True, True, False, False])
-    b = torch.tensor([True, False, True, True])
-    assert overlap(a, b) == pytest.approx(1 / 3)  # one in common, three in the larger
-    assert overlap(a, a) == 1.0
-    assert overlap(a & ~a, a & ~a) == 1.0
 
 
 @settings(max_examples=40, deadline=None)

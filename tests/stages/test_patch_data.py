@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from patching import patch_spec, random_pairs, reference_of, tiny_model
 from torch.nn import functional as F
 
+from qresafe.core.objectives import objective
 from qresafe.errors import DataError
 from qresafe.hf.answer_head import AnswerHead
 from qresafe.specs import ObjectiveSpec
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
-from qresafe.stages.patch_loss import term_losses, weighted_loss
+from qresafe.stages.patch_loss import term_losses
 
 OBJECTIVE = patch_spec().objective
 
@@ -145,7 +146,7 @@ def test_gradient_does_not_depend_on_the_cut_into_micro_batches() -> None:
             batch = collate(pool.rows(piece), OBJECTIVE.kl_tokens)
             logits = head.logits(model, batch.ids, batch.positions)
             losses = term_losses(logits, batch, OBJECTIVE.beta)
-            weighted_loss(losses, OBJECTIVE, counts)[0].backward()
+            objective(losses, OBJECTIVE.model_dump(), counts)[0].backward()
         return model.model.layers[0].mlp.up_proj.weight.grad
 
     whole = gradient([indices])
