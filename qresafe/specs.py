@@ -154,7 +154,7 @@ class PairsSpec(Spec):
 class MaskSpec(Spec):
     """Which weights the patch may move (paper Eq. 3 and Algorithm 1)."""
 
-    tau: Fraction = 0.1
+    tau: Fraction = 0.3
     on: Literal["weight", "factors"] = "weight"
     scope: Literal["global", "layer"] = "global"
     score: Literal["snip", "random", "magnitude"] = "snip"
@@ -204,8 +204,8 @@ class PatchSpec(Spec):
     objective: ObjectiveSpec = ObjectiveSpec()
     mask: MaskSpec = MaskSpec()
     through_grid: bool = True  # straight-through rounding in the forward pass
-    rank: AtLeastOne = 8
-    alpha: Positive = 16.0
+    rank: AtLeastOne = 16
+    alpha: Positive = 32.0
     lr: Positive = 5e-4
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
