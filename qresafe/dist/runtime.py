@@ -73,10 +73,11 @@ class RayRuntime:
     """
 
     def __init__(self, resources: ResourcesSpec) -> None:
-        self._resources = resources
+        self._resources, began = resources, time.perf_counter()
         self._opened = not ray.is_initialized()
         if self._opened:
             connect(resources.address)
+        self.startup_seconds = round(time.perf_counter() - began, 3)
         here = ray.get_runtime_context().get_node_id()
         # On the driver's node: when that node is lost, the experiment is lost anyway.
         placed = NodeAffinitySchedulingStrategy(here, soft=False)

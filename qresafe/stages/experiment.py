@@ -227,6 +227,7 @@ class Experiment:
             arms=self.measured,
             patch=self.patched,
             export=self.exported,
+            session_seconds=self.runtime.startup_seconds,
             stages=tuple(self.stages),
         )
         return self._note("report", report(self.run, given, self.progress))

@@ -26,6 +26,7 @@ from qresafe.stages.runtime import (
     BatchFunction,
     Row,
     Runtime,
+    Spent,
     read_parts,
     read_table,
     write_table,
@@ -107,7 +108,9 @@ def pairs(
         progress.start("pairs", len(rows), "rows")
         tokenize(rows, tokenizer)
         if teacher is not None and spec.teacher_tokens:
-            _add_distributions(rows, teacher, spec, runtime, folder / "work" / "parts", progress)
+            parts = folder / "work" / "parts"
+            spent = _add_distributions(rows, teacher, spec, runtime, parts, progress)
+            counts["startup_seconds"] = spent.startup_seconds
         write_table(folder / "pairs.parquet", pa.Table.from_pylist(rows, records.PAIR))
         progress.finish(f"{counts['preferences']} preferences in {counts['rows']} rows")
         return counts
@@ -263,7 +266,7 @@ def _add_distributions(
     runtime: Runtime,
     parts: UPath,
     progress: Progress,
-) -> None:
+) -> Spent:
     needed = ("prompt_id", "prompt_ids", "chosen_ids")
     cut = [{name: row[name] for name in needed} for row in rows]
     for row in cut:  # what follows the first tokens is not looked at
@@ -271,8 +274,9 @@ def _add_distributions(
     plan = length_plan([len(r["prompt_ids"]) + len(r["chosen_ids"]) for r in cut], spec.batch_size)
     batches = [Batch(index, [cut[i] for i in places]) for index, places in enumerate(plan)]
     job = TeacherJob(teacher, spec.teacher_tokens, spec.teacher_top_k)
-    runtime.map_batches(job, batches, parts, progress)
+    spent = runtime.map_batches(job, batches, parts, progress)
     table = records.require_columns(read_parts(parts, len(batches)), TEACHER, str(parts))
     found = {row["prompt_id"]: row for row in table.to_pylist()}
     for row in rows:
         row |= found[row["prompt_id"]]
+    return spent

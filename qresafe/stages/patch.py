@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +93,12 @@ def patch(
         where = str(reference.path / "reference.parquet") if reference else None
         job = PatchJob(q0, str(pairs.path / "pairs.parquet"), where, spec)
         progress.start("patch", total_steps(len(job.pool()), spec), "steps")
+        began = time.perf_counter()
         runtime.train(job, folder, progress)
         counts = summary(folder)
+        # What was not a step: processes, imports, loading Q0. A resumed run did fewer steps.
+        spent = time.perf_counter() - began - counts["seconds"]
+        counts["startup_seconds"] = round(max(0.0, spent), 3)
         progress.finish(
             f"loss {counts['loss']:.4f}, {counts['codes_changed']:.2%} of codes changed"
         )

@@ -93,9 +93,11 @@ def reference(
         plan = length_plan([_length(row) for row in rows], batch_size)
         batches = [Batch(i, [work_rows[j] for j in places]) for i, places in enumerate(plan)]
         found: dict[str, Row] = {}
+        startup = 0.0
         if batches:
             parts = folder / "work" / "parts"
-            runtime.map_batches(ReferenceJob(q0), batches, parts, progress)
+            spent = runtime.map_batches(ReferenceJob(q0), batches, parts, progress)
+            startup = spent.startup_seconds
             made = read_parts(parts, len(batches)).to_pylist()
             found = {row["prompt_id"]: row for row in made}
         ordered = [found[row["prompt_id"]] for row in rows]
@@ -103,7 +105,7 @@ def reference(
             folder / "reference.parquet", pa.Table.from_pylist(ordered, records.REFERENCE_LOGPS)
         )
         progress.finish(f"{len(rows)} pairs")
-        return {"rows": len(rows)}
+        return {"rows": len(rows), "startup_seconds": startup}
 
     made = run.stage(
         "reference",

@@ -50,6 +50,7 @@ class ReportInput:
         stages: (name, finished stage) in the order of work, for cost and provenance.
         patch: The finished `patch` stage, for its history.jsonl; None: no curves.
         export: The finished `export` stage, for its counts; None: nothing about codes.
+        session_seconds: What it took to reach the cluster; 0 in one process.
     """
 
     spec: Mapping[str, Any]
@@ -58,6 +59,7 @@ class ReportInput:
     stages: Sequence[tuple[str, Artifact]] = ()
     patch: Artifact | None = None
     export: Artifact | None = None
+    session_seconds: float = 0.0
 
 
 def report(run: Run, given: ReportInput, progress: Progress) -> Artifact:
@@ -96,7 +98,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
     comparison = read_comparison(given.comparison)
     export = dict(given.export.manifest.counts) if given.export else {}
     history = _history(given.patch)
-    costs = view.cost(given.stages)
+    costs = view.cost(given.stages, given.session_seconds)
     return {
         "name": given.spec.get("name", "comparison"),
         "headline": headline(comparison),

@@ -169,9 +169,14 @@ def layers(counts: Mapping[str, Any]) -> Panel | None:
     return Panel("Codes changed", "per cent of each layer's codes", svg)
 
 
-def cost(stages: Sequence[tuple[str, Artifact]]) -> list[CostRow]:
-    """Return every stage's time, from the manifest of the run that computed it."""
-    rows = []
+def cost(stages: Sequence[tuple[str, Artifact]], session: float = 0.0) -> list[CostRow]:
+    """Return every stage's time, from the manifest of the run that computed it.
+
+    Args:
+        stages: (name, artefact) in order.
+        session: Seconds until the cluster was reached; 0 where there is none.
+    """
+    rows = [CostRow("Ray session", session, session, "", False)] if session else []
     for name, artifact in stages:
         counts = artifact.manifest.counts
         speed = counts.get("tokens_per_second")

@@ -62,7 +62,13 @@ class Spent:
 
 
 class Runtime(Protocol):
-    """Runs the two kinds of work that stages have."""
+    """Runs the two kinds of work that stages have.
+
+    Attributes:
+        startup_seconds: What it took to be ready: 0 in this process, else to reach a cluster.
+    """
+
+    startup_seconds: float
 
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
@@ -90,6 +96,7 @@ class InProcessRuntime:
 
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         self.device, self.threads = device, threads
+        self.startup_seconds = 0.0
 
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
