@@ -69,7 +69,8 @@ def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, 
         if by_layer[name]:
             tensors |= {f"{name}/{part}": value for part, value in change.pack().items()}
     header = Header(file_hashes(base), file_hashes(patched), key)
-    metadata = {"format": FORMAT, "header": json.dumps(asdict(header), sort_keys=True)}
+    # One entry only: safetensors writes several in random order, and equal patches are equal bytes.
+    metadata = {"header": json.dumps({"format": FORMAT} | asdict(header), sort_keys=True)}
     write_bytes(target, save(tensors, metadata=metadata))
     return _counts(by_layer, sizes, sum(t.nbytes for t in tensors.values()), target)
 
@@ -124,9 +125,7 @@ def read(patch: Path) -> tuple[Header, dict[str, SparseDiff]]:
             packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(str(error), patch) from None
-    if metadata.get("format") != FORMAT:
-        what = f"format {metadata.get('format')!r} instead of {FORMAT!r}"
-        raise CorruptArtifactError(what, where=str(patch), remedy="use the matching qresafe")
+    header = _header(metadata, patch)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in packed.items():
         layer, _, part = name.rpartition("/")
@@ -135,7 +134,7 @@ def read(patch: Path) -> tuple[Header, dict[str, SparseDiff]]:
         layer: sparse_patch.unpack(parts, f"{patch}, layer {layer!r}")
         for layer, parts in layers.items()
     }
-    return _header(metadata, patch), changes
+    return header, changes
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -195,7 +194,12 @@ class _Stepped(Mapping[str, Tensor]):
 
 def _header(metadata: Mapping[str, str], patch: Path) -> Header:
     try:
-        header = Header(**json.loads(metadata["header"]))
+        told = json.loads(metadata["header"])
+        written = told.pop("format")
+        if written != FORMAT:
+            what = f"format {written!r} instead of {FORMAT!r}"
+            raise CorruptArtifactError(what, where=str(patch), remedy="use the matching qresafe")
+        header = Header(**told)
         names = [*header.base, *header.patched]
         sound = header.base.keys() == header.patched.keys() and isinstance(header.key, str)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):

@@ -174,6 +174,6 @@ def test_a_truncated_patch_is_damaged(made: Path, tmp_path: Path, cut: int) -> N
 
 
 def test_another_format_is_named(made: Path, tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.qpatch", {"format": "qpatch-9"})
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.qpatch", {"header": '{"format": "qpatch-9"}'})
     with pytest.raises(CorruptArtifactError, match="'qpatch-9' instead of 'qpatch-1'"):
         qpatch.read(tmp_path / "x.qpatch")
