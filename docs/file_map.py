@@ -1,12 +1,14 @@
 """Writes the README's list of files: one line each, the first line of its docstring.
 
-python docs/file_map.py          # between the markers in README.md
+python docs/file_map.py            # between the markers in README.md
+python docs/file_map.py --check    # exit code 1 if that would change it
 """
 
 from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +56,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{file_map()}\n{END}{after}")
+    wanted = f"{before}{BEGIN}\n{file_map()}\n{END}{after}"
+    if "--check" in sys.argv:
+        sys.exit(text != wanted)
+    readme.write_text(wanted)
 
 
 if __name__ == "__main__":

@@ -270,3 +270,10 @@ def test_whatever_is_public_says_what_it_is(path: Path) -> None:
         and not ast.get_docstring(node)
     ]
     assert silent == [], f"{name(path)}: public, without a docstring"
+
+
+def test_the_readme_lists_every_file_by_its_own_first_line() -> None:
+    told = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "file_map.py"), "--check"], capture_output=True
+    )
+    assert told.returncode == 0, "run python docs/file_map.py"
