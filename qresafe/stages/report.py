@@ -27,12 +27,10 @@ from qresafe.artifacts import (
 )
 from qresafe.progress import Progress
 from qresafe.stages import report_view as view
-from qresafe.stages.compare import read_arm, read_comparison
+from qresafe.stages.compare import read_comparison
 from qresafe.stages.comparison import Comparison
-from qresafe.stages.examples import choose, main_judge
-from qresafe.stages.judge import FILE as VERDICTS
+from qresafe.stages.examples import choose, told
 from qresafe.stages.narrative import details, headline
-from qresafe.stages.runtime import read_table
 
 CODE_VERSION = 1
 TEMPLATES = Path(__file__).parent / "templates"
@@ -73,12 +71,12 @@ def report(run: Run, given: ReportInput, progress: Progress) -> Artifact:
 
     def work(folder: UPath) -> Mapping[str, Any]:
         progress.start("report", len(FILES), "files")
-        told = tell(given)
-        for name, text in render(told).items():
+        shown = tell(given)
+        for name, text in render(shown).items():
             write_text(folder / name, text)
             progress.advance(note=name)
         progress.finish()
-        return {"headline": told["headline"]}
+        return {"headline": shown["headline"]}
 
     made = run.stage(
         "report",
@@ -110,7 +108,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "counts": view.counts(comparison),
         "flips": view.flips(comparison),
         "attribution": view.attribution(comparison),
-        "examples": _examples(given),
+        "examples": choose(told(given.arms)),
         "curves": view.curves(history),
         "layers": view.layers(export),
         "export": export,
@@ -126,7 +124,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
     }
 
 
-def render(told: Mapping[str, Any]) -> dict[str, str]:
+def render(shown: Mapping[str, Any]) -> dict[str, str]:
     """Return file name -> text."""
     # The card is Markdown and holds no completions; everything that ends in .html is escaped.
     environment = Environment(
@@ -136,22 +134,22 @@ def render(told: Mapping[str, Any]) -> dict[str, str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(told)
-    card = environment.get_template("model_card.md.jinja").render(told)
-    return {"report.html": page, "report.json": _json(told), "model_card.md": card}
+    page = environment.get_template("report.html.jinja").render(shown)
+    card = environment.get_template("model_card.md.jinja").render(shown)
+    return {"report.html": page, "report.json": _json(shown), "model_card.md": card}
 
 
-def _json(told: Mapping[str, Any]) -> str:
-    comparison: Comparison = told["comparison"]
+def _json(shown: Mapping[str, Any]) -> str:
+    comparison: Comparison = shown["comparison"]
     plain = {
-        "name": told["name"],
-        "verdict": [told["headline"], *told["details"]],
+        "name": shown["name"],
+        "verdict": [shown["headline"], *shown["details"]],
         "comparison": comparison.model_dump(mode="json"),
-        "export": told["export"],
-        "cost": [row._asdict() for row in told["cost"]],
-        "provenance": {name: told[name] for name in ("versions", "hardware", "git", "seeds")},
-        "stages": {name: {"key": key, "inputs": inputs} for name, key, inputs in told["keys"]},
-        "spec": yaml.safe_load(told["spec"]),
+        "export": shown["export"],
+        "cost": [row._asdict() for row in shown["cost"]],
+        "provenance": {name: shown[name] for name in ("versions", "hardware", "git", "seeds")},
+        "stages": {name: {"key": key, "inputs": inputs} for name, key, inputs in shown["keys"]},
+        "spec": yaml.safe_load(shown["spec"]),
     }
     return json.dumps(plain, indent=1)
 
@@ -159,18 +157,6 @@ def _json(told: Mapping[str, Any]) -> str:
 def _arm(label: str) -> dict[str, str]:
     meaning = view.ARMS[label][1] if label in view.ARMS else ""
     return {"label": view.short(label), "paint": view.paint(label), "meaning": meaning}
-
-
-def _examples(given: ReportInput) -> Any:
-    arms, reasons = [], {}
-    for label, (completions, verdicts) in given.arms.items():
-        arm = read_arm(label, completions, verdicts)
-        said = read_table(verdicts.path / VERDICTS).to_pylist()
-        judge = main_judge(arm)
-        found = {(v["prompt_id"], v["sample"]): v["reason"] for v in said if v["judge"] == judge}
-        arms.append(arm)
-        reasons[label] = [found[prompt] for prompt in arm.prompts]
-    return choose(arms, reasons)
 
 
 def _history(patch: Artifact | None) -> list[dict[str, Any]]:

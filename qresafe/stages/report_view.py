@@ -10,7 +10,7 @@ from qresafe.artifacts import Artifact
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.comparison import ArmResult, Comparison, FlipResult, Share
 from qresafe.stages.measures import BY_NAME, MEASURES, Measure
-from qresafe.stages.narrative import SIGNIFICANT, interval, percent, points
+from qresafe.stages.narrative import interval, measurable, percent, points
 from qresafe.stages.plots import PAINTS, Dot, Line, heat_plot, interval_plot, line_plot
 
 # Arm -> (short name, what it is).
@@ -113,7 +113,7 @@ def flips(comparison: Comparison) -> list[FlipRow]:
             f.gained,
             f.lost,
             _p(f.p_holm),
-            f.p_holm < SIGNIFICANT,
+            measurable(f),
             _flip_note(f),
         )
         for f in comparison.flips
@@ -264,6 +264,4 @@ def _p(value: float) -> str:
 
 
 def _flip_note(flip: FlipResult) -> str:
-    if flip.detectable is None:
-        return ""
-    return f"no flip; would have shown ≥ {percent(flip.detectable)}"
+    return "" if flip.gained + flip.lost else "no flip"

@@ -14,6 +14,7 @@ from qresafe.progress import Silent
 from qresafe.stages.compare import compare, read_comparison
 from qresafe.stages.comparison import Comparison
 from qresafe.stages.judge import judge
+from qresafe.stages.paired import score_interval
 from qresafe.stages.runtime import read_table
 from qresafe.stages.statistics import mcnemar, wilson
 
@@ -109,7 +110,8 @@ def test_flips_are_paired_and_corrected_over_the_whole_table(run: Run) -> None:
     assert (damage.measure, damage.gained, damage.lost, damage.n) == ("attack_success", 7, 0, 8)
     assert damage.p == pytest.approx(2 / 2**7) == pytest.approx(mcnemar(7, 0))
     assert damage.p_holm == pytest.approx(9 * 2 / 2**7)  # the smallest of nine
-    assert damage.detectable is None
+    assert damage.difference == 7 / 8
+    assert (damage.low, damage.high) == score_interval(7, 0, 8)
     left = next(f for f in found.flips if (f.before, f.after) == ("W", "Q"))
     assert (left.gained, left.lost, left.p) == (0, 0, 1.0)
     assert left.detectable is not None
