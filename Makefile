@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-speed bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-speed bench-statistics bench-gpu clean
 
 install: $(STAMP)
 
@@ -38,6 +38,9 @@ bench-demo: install
 
 bench-speed: install
 	$(BIN)/python -m bench.speed
+
+bench-statistics: install
+	$(BIN)/python -m bench.coverage
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu

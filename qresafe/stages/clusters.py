@@ -63,9 +63,8 @@ def ratio_interval(sums: Any, counts: Any, confidence: float = 0.95) -> Interval
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     # Percentiles of few clusters are too narrow (no n / (n - 1), and normal tails).
-    tail = (1 + confidence) / 2
-    widen = np.sqrt(clusters / (clusters - 1)) * stats.t.ppf(tail, clusters - 1)
-    widen /= stats.norm.ppf(tail)
+    tails = stats.norm.ppf([(1 + student(confidence, clusters)) / 2, (1 + confidence) / 2])
+    widen = np.sqrt(clusters / (clusters - 1)) * tails[0] / tails[1]
     low, high = (middle + widen * (end - middle) for end in (found.low, found.high))
     return Interval(float(low), float(high))
 
@@ -73,19 +72,46 @@ def ratio_interval(sums: Any, counts: Any, confidence: float = 0.95) -> Interval
 def share_interval(said: Any, codes: Any, confidence: float = 0.95) -> Interval:
     """Return the interval of a share of yes-or-no answers that come in clusters.
 
+    The hull of the cluster bootstrap, which is too narrow where few clusters hold a yes, and of
+    Wilson's interval at the effective number of answers (Korn & Graubard 1998), which is not.
     Where every answer is the same, nothing tells how alike a cluster's answers are; each cluster
-    then counts as a single answer, in Wilson's interval.
+    then counts as a single answer.
 
     Args:
-        said: 1 or 0 per answer; at least one.
+        said: 1 or 0 per answer, or a share; at least one.
         codes: The cluster of each answer.
         confidence: The interval's coverage.
     """
     sums, counts = cluster_totals(said, codes)
-    if sums.sum() in (0.0, counts.sum()):
-        return wilson(len(sums) if sums.sum() else 0, len(sums), confidence)
-    low, high = ratio_interval(sums, counts, confidence)
-    return Interval(max(0.0, low), min(1.0, high))
+    n, clusters, share = counts.sum(), len(sums), sums.sum() / counts.sum()
+    if share in (0.0, 1.0):
+        return wilson(clusters * int(share), clusters, confidence)
+    drawn = ratio_interval(sums, counts, confidence)
+    effective = n / design_effect(sums, counts, share * (1 - share))
+    z2 = stats.norm.ppf((1 + student(confidence, clusters)) / 2) ** 2 / effective
+    middle = (share + z2 / 2) / (1 + z2)
+    half = np.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
+    low, high = min(drawn.low, middle - half), max(drawn.high, middle + half)
+    return Interval(max(0.0, float(low)), min(1.0, float(high)))
+
+
+def design_effect(sums: Any, counts: Any, variance: float) -> float:
+    """Return how many answers in clusters are worth one independent answer, at least 1.
+
+    Args:
+        sums: One total per cluster, at least two.
+        counts: How many answers it is a total of.
+        variance: Of a single answer; 0 tells nothing, so that a cluster is worth one.
+    """
+    if variance <= 0:
+        return float(np.sum(counts)) / len(counts)
+    return max(1.0, _error(sums, counts) ** 2 * float(np.sum(counts)) / variance)
+
+
+def student(confidence: float, clusters: int) -> float:
+    """Return the confidence at which the normal quantile is Student's t of so many clusters."""
+    quantile = stats.t.ppf((1 + confidence) / 2, max(1, clusters - 1))
+    return float(2 * stats.norm.cdf(quantile) - 1)
 
 
 def at_k(yes: Any, n: Any, k: int) -> Any:

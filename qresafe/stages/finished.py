@@ -23,7 +23,7 @@ def finished_arms(root: UPath, labels: tuple[str, ...]) -> Arms | None:
         DataError: There is no such folder, or no comparison has these arms.
         CorruptArtifactError: A finished stage is not as its manifest says.
     """
-    if not root.is_dir():
+    if not any((root / stage).is_dir() for stage in ("compare", "generate", "quantize")):
         remedy = "give a run's folder (<storage>/runs/<name>), or an experiment and --storage"
         raise DataError("no such run", where=str(root), remedy=remedy)
     done = [mark.parent for mark in (root / "compare").glob("*/DONE")]

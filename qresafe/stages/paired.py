@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from qresafe.stages.clusters import cluster_totals, ratio_interval
+from qresafe.stages.clusters import cluster_totals, design_effect, ratio_interval, student
 from qresafe.stages.statistics import Interval
 
 FEW = 10  # clusters that changed; with fewer, nothing is known of how alike a cluster's changes are
@@ -75,8 +75,9 @@ def change_of(before: Any, after: Any, codes: Any = None, confidence: float = 0.
 
     Returns:
         Where prompts come in clusters, the hull of the score interval, which takes them as
-        independent, and of a cluster interval: the bootstrap, or, where fewer than `FEW` clusters
-        changed, the score interval with every cluster counted as one prompt.
+        independent, of the cluster bootstrap, and of the score interval at the effective number of
+        prompts; where fewer than `FEW` clusters changed, the score interval with every cluster
+        counted as one prompt instead of the latter two.
     """
     moved = np.asarray(after, float) - np.asarray(before, float)
     n, gained, lost = len(moved), float((moved > 0).sum()), float((moved < 0).sum())
@@ -91,7 +92,13 @@ def change_of(before: Any, after: Any, codes: Any = None, confidence: float = 0.
         wide = score_interval(part * gained, part * lost, clusters, confidence)
         method = "score, clusters as one"
     else:
-        wide, method = ratio_interval(sums, counts, confidence), "cluster bootstrap"
+        drawn = ratio_interval(sums, counts, confidence)
+        variance = (gained + lost) / n - difference**2
+        part = 1 / design_effect(sums, counts, variance)
+        level = student(confidence, clusters)
+        score = score_interval(part * gained, part * lost, part * n, level)
+        wide = Interval(min(drawn.low, score.low), max(drawn.high, score.high))
+        method = "cluster bootstrap"
     low, high = min(plain.low, wide.low), max(plain.high, wide.high)
     narrow = (plain.high - plain.low) / (high - low)
     return Change(difference, low, high, n, clusters, n * narrow**2, method)

@@ -31,7 +31,7 @@ def read_rows(path: UPath, schema: pa.Schema) -> Iterator[list[Row]]:
     """
     with path.open("rb") as raw:
         # A whole row group may be the whole file: without a buffer, it would be in memory at once.
-        file = pq.ParquetFile(pa.PythonFile(raw), buffer_size=BUFFER, pre_buffer=False)
+        file = pq.ParquetFile(pa.PythonFile(raw, mode="r"), buffer_size=BUFFER, pre_buffer=False)
         missing = [name for name in schema.names if name not in file.schema_arrow.names]
         if missing:
             remedy = f"it has {', '.join(file.schema_arrow.names)}"
@@ -47,7 +47,7 @@ def read_rows(path: UPath, schema: pa.Schema) -> Iterator[list[Row]]:
 def count_rows(path: UPath) -> int:
     """Return how many rows a Parquet file has, from its index alone."""
     with path.open("rb") as raw:
-        return int(pq.read_metadata(pa.PythonFile(raw)).num_rows)
+        return int(pq.read_metadata(pa.PythonFile(raw, mode="r")).num_rows)
 
 
 class TableWriter:
@@ -55,7 +55,7 @@ class TableWriter:
 
     def __init__(self, sink: IO[bytes], schema: pa.Schema) -> None:
         self._schema, self._waiting = schema, list[Row]()
-        self._writer = pq.ParquetWriter(pa.PythonFile(sink), schema)
+        self._writer = pq.ParquetWriter(pa.PythonFile(sink, mode="w"), schema)
 
     def write(self, rows: Sequence[Row]) -> None:
         self._waiting.extend(rows)
@@ -65,6 +65,11 @@ class TableWriter:
     def close(self) -> None:
         if self._waiting:
             self._flush(len(self._waiting))
+        self._writer.close()
+
+    def abandon(self) -> None:
+        """End what cannot be finished; the file is of no use."""
+        self._waiting.clear()
         self._writer.close()
 
     def _flush(self, count: int) -> None:
@@ -80,7 +85,11 @@ def table_writer(path: UPath, schema: pa.Schema) -> Iterator[TableWriter]:
     target = UPath(f"{path}.tmp-{os.getpid()}") if local else path
     with target.open("wb") as sink:
         writer = TableWriter(sink, schema)
-        yield writer
+        try:
+            yield writer
+        except BaseException:
+            writer.abandon()
+            raise
         writer.close()
         if local:
             sink.flush()
