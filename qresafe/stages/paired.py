@@ -101,7 +101,8 @@ def change_of(before: Any, after: Any, codes: Any = None, confidence: float = 0.
         method = "cluster bootstrap"
     low, high = min(plain.low, wide.low), max(plain.high, wide.high)
     narrow = (plain.high - plain.low) / (high - low)
-    return Change(difference, low, high, n, clusters, n * narrow**2, method)
+    effective = n * narrow**2 if method == "cluster bootstrap" else float(clusters)
+    return Change(difference, low, high, n, clusters, effective, method)
 
 
 def required_pairs(
