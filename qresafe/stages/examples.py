@@ -79,6 +79,10 @@ class _Case:
 
 _GROUPS: tuple[tuple[str, Callable[[_Case], bool]], ...] = (
     (
+        "Harmful: refused by W, answered by Q0",
+        lambda c: c.on("harmful") and c.said[W] == "refused" and c.said[Q0] == "complied",
+    ),
+    (
         "Harmful: answered by Q0, refused by Q",
         lambda c: c.on("harmful") and c.said[Q0] == "complied" and c.said[Q] == "refused",
     ),
@@ -86,6 +90,10 @@ _GROUPS: tuple[tuple[str, Callable[[_Case], bool]], ...] = (
     (
         "Safe but refused by Q, and not by W",
         lambda c: not c.on("harmful") and c.said[Q] == "refused" and c.said[W] != "refused",
+    ),
+    (
+        "Safe and refused by W, answered by Q",
+        lambda c: not c.on("harmful") and c.said[W] == "refused" and c.said[Q] == "complied",
     ),
     (
         "Ordinary: right under Q0, not under Q",

@@ -120,7 +120,11 @@ def line_plot(
 
 
 def heat_plot(
-    name: str, rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[int, int], float]
+    name: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[int, int], float],
+    x_label: str = "layer",
 ) -> str:
     """Draw shares by (row, column) as squares that are the darker the larger the share."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
@@ -142,7 +146,7 @@ def heat_plot(
         every = max(1, len(columns) // 8)
         axes.set_xticks(range(0, len(columns), every), columns[::every])
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlabel("layer")
+        axes.set_xlabel(x_label)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         return _svg(figure, name)

@@ -26,13 +26,14 @@ from qresafe.artifacts import (
     write_text,
 )
 from qresafe.progress import Progress
+from qresafe.stages import report_parts as parts
 from qresafe.stages import report_view as view
 from qresafe.stages.compare import read_comparison
-from qresafe.stages.comparison import Comparison
 from qresafe.stages.examples import choose, told
 from qresafe.stages.narrative import details, headline
+from qresafe.stages.report_data import Provenance, ReportData, StageCost, StageKey
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = ("report.html", "report.json", "model_card.md")
 
@@ -108,6 +109,12 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "counts": view.counts(comparison),
         "flips": view.flips(comparison),
         "attribution": view.attribution(comparison),
+        "parts": parts.parts(comparison),
+        "attacks": parts.attacks(comparison),
+        "worst_cases": parts.worst_cases(comparison),
+        "at_k": parts.at_k(comparison),
+        "agreement": parts.agreement(comparison),
+        "contamination": parts.contamination(comparison),
         "examples": choose(told(given.arms)),
         "curves": view.curves(history),
         "layers": view.layers(export),
@@ -140,18 +147,19 @@ def render(shown: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _json(shown: Mapping[str, Any]) -> str:
-    comparison: Comparison = shown["comparison"]
-    plain = {
-        "name": shown["name"],
-        "verdict": [shown["headline"], *shown["details"]],
-        "comparison": comparison.model_dump(mode="json"),
-        "export": shown["export"],
-        "cost": [row._asdict() for row in shown["cost"]],
-        "provenance": {name: shown[name] for name in ("versions", "hardware", "git", "seeds")},
-        "stages": {name: {"key": key, "inputs": inputs} for name, key, inputs in shown["keys"]},
-        "spec": yaml.safe_load(shown["spec"]),
-    }
-    return json.dumps(plain, indent=1)
+    data = ReportData(
+        name=shown["name"],
+        verdict=[shown["headline"], *shown["details"]],
+        comparison=shown["comparison"],
+        export=shown["export"],
+        cost=[StageCost(**row._asdict()) for row in shown["cost"]],
+        provenance=Provenance(
+            **{name: shown[name] for name in ("versions", "hardware", "git", "seeds")}
+        ),
+        stages={name: StageKey(key=key, inputs=inputs) for name, key, inputs in shown["keys"]},
+        spec=yaml.safe_load(shown["spec"]),
+    )
+    return data.model_dump_json(indent=1)
 
 
 def _arm(label: str) -> dict[str, str]:

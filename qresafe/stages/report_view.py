@@ -29,6 +29,7 @@ class Cell(NamedTuple):
     value: str
     detail: str  # interval and counts
     left_out: str = ""  # what is in no share
+    cluster: str = ""  # the interval that knows of clusters
 
 
 class TableRow(NamedTuple):
@@ -55,9 +56,10 @@ class FlipRow(NamedTuple):
     n: int
     gained: int
     lost: int
+    change: str  # in points, with its interval
     p: str
     significant: bool
-    note: str
+    detectable: str
 
 
 class CostRow(NamedTuple):
@@ -112,9 +114,10 @@ def flips(comparison: Comparison) -> list[FlipRow]:
             f.n,
             f.gained,
             f.lost,
+            _change(f),
             _p(f.p_holm),
             measurable(f),
-            _flip_note(f),
+            percent(f.detectable),
         )
         for f in comparison.flips
     ]
@@ -237,7 +240,14 @@ def _cell(share: Share | None) -> Cell | None:
     if share is None:
         return None
     left_out = f"{share.undecided} undecided" if share.undecided else ""
-    return Cell(percent(share.share), f"{interval(share)} · {share.yes}/{share.n}", left_out)
+    detail = f"{interval(share)} · {share.yes}/{share.n}"
+    return Cell(percent(share.share), detail, left_out, _cluster(share))
+
+
+def _cluster(share: Share) -> str:
+    if share.cluster_low is None or share.cluster_high is None:
+        return ""
+    return f"{100 * share.cluster_low:.1f}–{100 * share.cluster_high:.1f} · {share.clusters}"
 
 
 def _each(comparison: Comparison, make: Any) -> list[Cell | None]:
@@ -263,5 +273,6 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _flip_note(flip: FlipResult) -> str:
-    return "" if flip.gained + flip.lost else "no flip"
+def _change(flip: FlipResult) -> str:
+    low, high = points(flip.low), points(flip.high)
+    return f"{points(flip.difference)} ({low} to {high})"
