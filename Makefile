@@ -40,7 +40,9 @@ bench-speed: install
 	$(BIN)/python -m bench.speed
 
 bench-statistics: install
-	$(BIN)/python -m bench.coverage
+	mkdir -p .bench
+	$(BIN)/python -m bench.streaming > .bench/streaming.md
+	$(BIN)/python -m bench.coverage --streamed .bench/streaming.md
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu

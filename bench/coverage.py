@@ -1,10 +1,10 @@
 """How often a 95 % interval holds the truth, and how often a gate decides wrongly.
 
-    python -m bench.coverage            # some minutes: docs/results-statistics.md
+    make bench-statistics               # some minutes: docs/results-statistics.md
     python -m bench.coverage --quick    # few draws; prints only
 
 Wilson's coverage is a sum over all outcomes; everything else is simulated from a fixed seed. The
-page also holds the memory of streaming, from `bench.streaming`.
+page also holds what `bench.streaming` printed.
 """
 
 from __future__ import annotations
@@ -257,15 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--streamed", type=Path, help="what bench.streaming printed")
     args = parser.parse_args()
+    if not (args.quick or args.streamed):
+        parser.error("give --streamed FILE, or --quick")
     found = list(tables(100 if args.quick else args.draws))
     if args.quick:
         print(page(found, 100, ["(not measured)"]))
         return
-    from bench import streaming
-
-    rows = [row for count in streaming.ROWS for row in streaming.measure(count)]
-    text = page(found, args.draws, streaming.table(rows))
+    text = page(found, args.draws, args.streamed.read_text().splitlines())
     print(text)
     RESULTS.write_text(text)
 

@@ -1,7 +1,7 @@
 """Peak memory of importing, judging and comparing two files of completions, by their length.
 
-    python -m bench.streaming                    # 1e4, 1e5, 1e6 rows: docs/results-statistics.md
-    python -m bench.streaming --rows 1000 5000   # others; prints only
+    python -m bench.streaming                    # 1e4, 1e5, 1e6 rows
+    python -m bench.streaming --rows 1000 5000   # others
 
 Every step of every length runs in a process of its own; its peak resident memory is the kernel's.
 """
@@ -72,7 +72,6 @@ def one_step(step: str, folder: Path) -> dict[str, Any]:
     run, judges = Run(str(folder), "streaming"), ["keyword", "refusal"]
     arms: dict[str, Any] = {}
     for label in "ab":
-        # `finished` would hash the files again; only what is asked for is done and counted.
         made = completions_of(run, folder / f"{label}.jsonl")
         if step != "import":
             arms[label] = made, judge(run, made, judges, Silent())

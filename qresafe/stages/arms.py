@@ -183,8 +183,8 @@ def utility_of(arm: ArmRows) -> Utility | None:
     return Utility(
         n=len(scores),
         rouge_l=float(scores.mean()),
-        rouge_l_low=low,
-        rouge_l_high=high,
+        rouge_l_low=max(0.0, low),
+        rouge_l_high=min(1.0, high),
         perplexity=perplexity(found.logps[scored].tolist(), found.tokens[scored].tolist()),
         target_tokens=int(found.tokens[scored].sum()),
     )

@@ -86,6 +86,8 @@ def share_interval(said: Any, codes: Any, confidence: float = 0.95) -> Interval:
     n, clusters, share = counts.sum(), len(sums), sums.sum() / counts.sum()
     if share in (0.0, 1.0):
         return wilson(clusters * int(share), clusters, confidence)
+    if clusters < 2:
+        return Interval(0.0, 1.0)
     drawn = ratio_interval(sums, counts, confidence)
     effective = n / design_effect(sums, counts, share * (1 - share))
     z2 = stats.norm.ppf((1 + student(confidence, clusters)) / 2) ** 2 / effective
@@ -111,7 +113,7 @@ def design_effect(sums: Any, counts: Any, variance: float) -> float:
 def student(confidence: float, clusters: int) -> float:
     """Return the confidence at which the normal quantile is Student's t of so many clusters."""
     quantile = stats.t.ppf((1 + confidence) / 2, max(1, clusters - 1))
-    return float(2 * stats.norm.cdf(quantile) - 1)
+    return float(2 * stats.norm.cdf(min(8.0, quantile)) - 1)  # beyond, a float is 1
 
 
 def at_k(yes: Any, n: Any, k: int) -> Any:

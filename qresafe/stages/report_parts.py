@@ -98,7 +98,8 @@ def _heat(given: list[Attack], family: str) -> Panel:
     rows = [short(attack.label) for attack in given]
     svg = heat_plot(f"decoding attack, {family}", rows, columns, cells, x_label=family)
     measure = BY_NAME[given[0].measure]
-    return Panel(f"{measure.title} under {family}", "per cent of prompts, one decoding each", svg)
+    title = f"{measure.title} under {family.replace(chr(95), chr(45))}"
+    return Panel(title, "per cent of prompts, one decoding each", svg)
 
 
 def _setting(one: AttackConfiguration) -> str:

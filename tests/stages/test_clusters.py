@@ -90,3 +90,9 @@ def test_the_cluster_interval_covers_and_wilson_does_not() -> None:
     ours, alone = held / draws
     assert 0.93 <= ours <= 0.985  # 250 draws of .96: a standard error of .012
     assert alone < 0.85
+
+
+def test_one_cluster_knows_nothing_and_two_know_little() -> None:
+    assert share_interval(np.array([1.0, 0.0]), np.zeros(2)) == (0.0, 1.0)
+    low, high = share_interval(np.array([1.0, 0.0, 0.0, 1.0]), np.array([0, 0, 1, 1]))
+    assert (low, high) == pytest.approx((0.0, 1.0), abs=0.06)
