@@ -65,9 +65,9 @@ def compare_arms(arms: Sequence[ArmRows], steps: Sequence[tuple[str, str]]) -> C
 
 def cluster_kind(arm: ArmRows) -> str:
     """Return what an arm's clusters are: "phrase", "prompt", or "" where each row stands alone."""
-    if not np.array_equal(arm.clusters, arm.prompts):
-        return "phrase"
-    return "prompt" if arm.samples.max(initial=0) else ""
+    if len(np.unique(arm.clusters)) == len(arm.clusters):
+        return ""
+    return "prompt" if np.array_equal(arm.clusters, arm.prompts) else "phrase"
 
 
 def _prompts(arm: ArmRows) -> dict[str, dict[str, int]]:

@@ -96,9 +96,9 @@ def _heat(given: list[Attack], family: str) -> Panel:
         for one in some
     }
     rows = [short(attack.label) for attack in given]
-    svg = heat_plot(f"decoding attack, {family}", rows, columns, cells, x_label=family)
-    measure = BY_NAME[given[0].measure]
-    title = f"{measure.title} under {family.replace(chr(95), chr(45))}"
+    setting = family.replace("_", "-")
+    svg = heat_plot(f"attack by {setting}", rows, columns, cells, x_label=setting, darkest=1.0)
+    title = f"{BY_NAME[given[0].measure].title} under {setting}"
     return Panel(title, "per cent of prompts, one decoding each", svg)
 
 
