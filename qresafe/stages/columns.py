@@ -30,6 +30,7 @@ from qresafe.stages.runtime import Row
 from qresafe.stages.streams import read_rows
 from qresafe.stages.utility import exact_match, rouge_l
 
+_ODD = np.int64(0x51_7C_C1_B7_27_22_0A_95)  # spreads sample numbers over 64 bits, wrapping around
 SPLITS = ("benchmark", "category", "lang")  # what results are split by
 READ = pa.schema(
     COMPLETION.field(name)
@@ -84,7 +85,6 @@ class ArmRows:
 
     Attributes:
         label: The arm's name.
-        keys: A hash of (prompt_id, sample) (int64).
         prompts: A hash of prompt_id (int64).
         clusters: A hash of what the prompt asks for (int64); see `cluster_name`.
         samples: The sample's number (int32).
@@ -96,7 +96,6 @@ class ArmRows:
     """
 
     label: str
-    keys: Any
     prompts: Any
     clusters: Any
     samples: Any
@@ -105,6 +104,11 @@ class ArmRows:
     exact: Answers
     references: References
     outcomes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> Any:
+        """A hash of (prompt_id, sample) (int64)."""
+        return keys_of(self.prompts, self.samples)
 
     def answers(self) -> dict[str, Answers]:
         """Return measure name -> the answers of this arm, where the measure can be asked."""
@@ -125,7 +129,7 @@ class ArmRows:
     def taken(self, chosen: Any) -> ArmRows:
         """Return the completions `chosen` (indices), in that order."""
         own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in ("keys", "prompts", "clusters", "samples", "axes", "exact"):
+        for name in ("prompts", "clusters", "samples", "axes", "exact"):
             own[name] = own[name][chosen]
         own["splits"] = {k: Labels(v.codes[chosen], v.names) for k, v in self.splits.items()}
         own["outcomes"] = {judge: said[chosen] for judge, said in self.outcomes.items()}
@@ -138,17 +142,26 @@ class ArmRows:
         Raises:
             DataError: They did not answer the same prompts.
         """
-        order = matching(to.keys, self.keys)
-        same = len(order) == len(self.keys) == len(to.keys)
-        arm = self.taken(order) if same and not np.array_equal(self.keys, to.keys) else self
+        if np.array_equal(self.keys, to.keys):
+            arm, same, shared = self, True, len(self.prompts)
+        else:
+            order = matching(to.keys, self.keys)
+            shared = len(order)
+            same = shared == len(self.prompts) == len(to.prompts)
+            arm = self.taken(order) if same else self
         if not same or not np.array_equal(arm.axes, to.axes):
             what = (
                 f"{to.label} and {self.label} were measured with different prompts "
-                f"({len(to.keys)} and {len(self.keys)} answers, {len(order)} to the same)"
+                f"({len(to.prompts)} and {len(self.prompts)} answers, {shared} to the same)"
             )
             remedy = "let all arms answer the same prompts, each on the same axis"
             raise DataError(what, where="the comparison", remedy=remedy)
         return arm
+
+
+def keys_of(prompts: Any, samples: Any) -> Any:
+    """Return a hash of each prompt and sample, from the prompts' hashes; sample 0 keeps its own."""
+    return prompts if not samples.any() else prompts + samples.astype(np.int64) * _ODD
 
 
 def matching(wanted: Any, keys: Any) -> Any:
@@ -200,26 +213,31 @@ def read_arm(label: str, completions: Artifact, verdicts: Artifact) -> ArmRows:
 
 
 def _outcomes(arm: ArmRows, pieces: Iterator[Sequence[Row]]) -> Iterator[tuple[str, Any]]:
-    said: dict[str, tuple[Any, Any]] = {}
+    said: dict[str, tuple[Any, Any, Any]] = {}
     codes = {name: place for place, name in enumerate(OUTCOMES)}
     for rows in pieces:
         for row in rows:
-            keys, outcomes = said.setdefault(row["judge"], (array("q"), array("b")))
-            keys.append(hashed(row["prompt_id"], row["sample"]))
-            outcomes.append(codes[row["outcome"]])
-    for judge, (keys, outcomes) in said.items():
-        order = matching(arm.keys, _numpy(keys))
-        if len(order) < len(arm.keys):
-            what = f"{len(arm.keys) - len(order)} completions have no verdict of {judge}"
-            raise DataError(what, where=arm.label, remedy="judge again")
-        yield judge, _numpy(outcomes)[order]
+            kept = said.setdefault(row["judge"], (array("q"), array("i"), array("b")))
+            kept[0].append(hashed(row["prompt_id"]))
+            kept[1].append(row["sample"])
+            kept[2].append(codes[row["outcome"]])
+    for judge, kept in said.items():
+        prompts, samples, outcomes = map(_numpy, kept)
+        keys = keys_of(prompts, samples)
+        if not np.array_equal(keys, arm.keys):
+            order = matching(arm.keys, keys)
+            if missing := len(arm.prompts) - len(order):
+                what = f"{missing} completions have no verdict of {judge}"
+                raise DataError(what, where=arm.label, remedy="judge again")
+            outcomes = outcomes[order]
+        yield judge, outcomes
 
 
 class _Columns:
     """Collects the arrays of an arm, row by row."""
 
     def __init__(self) -> None:
-        self.keys, self.prompts, self.clusters = array("q"), array("q"), array("q")
+        self.prompts, self.clusters = array("q"), array("q")
         self.samples, self.axes, self.exact = array("i"), array("b"), array("b")
         self.codes = {name: array("i") for name in SPLITS}
         self.names: dict[str, dict[str, int]] = {name: {} for name in SPLITS}
@@ -228,7 +246,6 @@ class _Columns:
 
     def add(self, row: Row) -> None:
         prompt = hashed(row["prompt_id"])
-        self.keys.append(hashed(row["prompt_id"], row["sample"]))
         self.prompts.append(prompt)
         cluster = cluster_name(row)
         self.clusters.append(prompt if cluster == row["prompt_id"] else hashed("cluster", cluster))
@@ -246,23 +263,31 @@ class _Columns:
         failed = bool(row["error"])
         self.exact.append(UNDECIDED if failed else exact_match(row["completion"], row["target"]))
         scored = row["target_logp"] is not None and row["target_tokens"]
-        self.rows.append(len(self.keys) - 1)
+        self.rows.append(len(self.prompts) - 1)
         self.rouge.append(np.nan if failed else rouge_l(row["completion"], row["target"]))
         self.logps.append(row["target_logp"] if scored else np.nan)
         self.tokens.append(row["target_tokens"] if scored else 0)
 
     def arm(self, label: str) -> ArmRows:
+        prompts, clusters = _numpy(self.prompts), _numpy(self.clusters)
         return ArmRows(
             label=label,
-            keys=_numpy(self.keys),
-            prompts=_numpy(self.prompts),
-            clusters=_numpy(self.clusters),
-            samples=_numpy(self.samples),
+            prompts=prompts,
+            clusters=prompts if np.array_equal(prompts, clusters) else clusters,
+            samples=_constant(_numpy(self.samples)),
             axes=_numpy(self.axes),
-            splits={n: Labels(_numpy(c), list(self.names[n])) for n, c in self.codes.items()},
+            splits={
+                name: Labels(_constant(_numpy(codes)), list(self.names[name]))
+                for name, codes in self.codes.items()
+            },
             exact=_numpy(self.exact),
             references=References(*map(_numpy, (self.rows, self.rouge, self.logps, self.tokens))),
         )
+
+
+def _constant(values: Any) -> Any:
+    """Return `values`, in no memory if all of them are 0."""
+    return values if values.any() else np.broadcast_to(np.int8(0), len(values))
 
 
 def _numpy(values: Any) -> Any:
