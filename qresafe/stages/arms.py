@@ -27,6 +27,7 @@ from qresafe.stages.statistics import (
     mcnemar,
     mean_interval,
     minimum_detectable_effect,
+    paired_flips,
     wilson,
 )
 from qresafe.stages.utility import perplexity
@@ -207,16 +208,13 @@ def _flip(
     before: str, after: str, name: str, first: Answers, second: Answers, clusters: Any
 ) -> FlipResult:
     both = (first >= 0) & (second >= 0)
-    gained = int((second[both] > first[both]).sum())
-    lost = int((second[both] < first[both]).sum())
-    p = mcnemar(gained, lost)
+    flips = paired_flips(first, second)
+    p = mcnemar(flips.gained, flips.lost)
     shown = FlipResult(
         before=before,
         after=after,
         measure=name,
-        n=int(both.sum()),
-        gained=gained,
-        lost=lost,
+        **flips._asdict(),
         p=p,
         p_holm=p,
         detectable=1.0,
