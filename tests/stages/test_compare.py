@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fabricated import GIBBERISH, REFUSAL, arm, completed, row
 
-from qresafe.artifacts import Run
+from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError, SpecError
 from qresafe.progress import Silent
 from qresafe.stages.compare import compare, read_comparison
@@ -163,6 +163,31 @@ def test_arms_that_differ_are_not_compared(run: Run, what: str, options: dict) -
     arms = {"W": arm(run, "W", harmful(REFUSAL)), "Q": arm(run, "Q", harmful(REFUSAL), **options)}
     with pytest.raises(DataError, match=f"W and Q were measured with different {what}"):
         compare(run, arms, Silent())
+
+
+def test_what_differs_is_named(run: Run) -> None:
+    arms = {
+        "W": arm(run, "W", harmful(REFUSAL)),
+        "Q": arm(run, "Q", harmful(REFUSAL), temperature=0.7, top_k=5),
+    }
+    told = r"decoding settings \(temperature: 0.0 against 0.7; top_k: None against 5\)"
+    with pytest.raises(DataError, match=told):
+        compare(run, arms, Silent())
+
+
+def test_other_chat_templates_are_refused(run: Run) -> None:
+    arms = {label: arm(run, label, harmful(REFUSAL)) for label in ("W", "Q0", "Q")}
+    compare(run, arms, Silent())  # a run that says nothing of its template is taken as it is
+
+    def templated(label: str, template: str) -> tuple[Artifact, Artifact]:
+        completions, verdicts = arms[label]
+        counts = completions.manifest.counts | {"chat_template": template}
+        manifest = completions.manifest.model_copy(update={"counts": counts})
+        return completions.model_copy(update={"manifest": manifest}), verdicts
+
+    compare(run, {"W": templated("W", "x"), "Q": templated("Q", "x")}, Silent())
+    with pytest.raises(DataError, match="W and Q were measured with different chat templates"):
+        compare(run, {"W": templated("W", "x"), "Q": templated("Q", "y")}, Silent())
 
 
 def test_another_dtype_or_batch_size_is_no_other_decoding(run: Run) -> None:
