@@ -118,10 +118,12 @@ def choose(pieces: Iterable[Sequence[Mapping[str, Told]]]) -> list[Group]:
     kept: list[list[tuple[str, int, _Case]]] = [[] for _ in _GROUPS]
     for place, told_of in enumerate(case for piece in pieces for case in piece):
         case = _case(told_of)
-        for group, (_, belongs) in enumerate(_GROUPS):
+        for group, (title, belongs) in enumerate(_GROUPS):
             if belongs(case):
                 totals[group] += 1
-                kept[group] = sorted([*kept[group], (_shuffled(case), place, case)])[:PER_GROUP]
+                kept[group] = sorted([*kept[group], (_shuffled(case, title), place, case)])[
+                    :PER_GROUP
+                ]
     return [
         Group(title, total, [_example(case) for _, _, case in sorted(few, key=lambda k: k[1])])
         for (title, _), total, few in zip(_GROUPS, totals, kept, strict=True)
@@ -175,8 +177,8 @@ def _case(told_of: Mapping[str, Told]) -> _Case:
     return _Case(row, {label: told.outcome for label, told in told_of.items()}, exact, told_of)
 
 
-def _shuffled(case: _Case) -> str:
-    return hashlib.sha256(case.row["prompt_id"].encode()).hexdigest()
+def _shuffled(case: _Case, title: str) -> str:
+    return hashlib.sha256(f"{title} {case.row['prompt_id']}".encode()).hexdigest()
 
 
 def _example(case: _Case) -> Example:
