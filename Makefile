@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-speed bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-speed bench-statistics bench-gpu clean
 
 install: $(STAMP)
 
@@ -38,6 +38,11 @@ bench-demo: install
 
 bench-speed: install
 	$(BIN)/python -m bench.speed
+
+bench-statistics: install
+	mkdir -p .bench
+	$(BIN)/python -m bench.streaming > .bench/streaming.md
+	$(BIN)/python -m bench.coverage --streamed .bench/streaming.md
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu

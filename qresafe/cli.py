@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, patch
+from qresafe.commands import demo_model, doctor, experiment, files, gate, patch
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "export": experiment.export,
         "compare": files.compare,
         "report": experiment.report,
+        "gate": gate.gate,
     },
     MACHINE: {"doctor": doctor.doctor},
 }

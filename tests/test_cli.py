@@ -23,7 +23,7 @@ from qresafe.specs import ExperimentSpec
 
 COMMANDS = [
     *(["demo"], ["run"], ["show"], ["quantize"], ["generate"], ["judge"], ["pairs"], ["patch"]),
-    *(["export"], ["compare"], ["report"], ["doctor"], ["demo-model"]),
+    *(["export"], ["compare"], ["report"], ["gate"], ["doctor"], ["demo-model"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
 ]

@@ -33,7 +33,7 @@ def judge(
         str,
         typer.Argument(
             help="An experiment (YAML or preset), or completions: a generate stage's folder, or a "
-            "Parquet file with columns prompt and completion."
+            "JSONL or Parquet file (or a folder of them) with prompt and completion."
         ),
     ],
     arms: Arms = None,
@@ -51,7 +51,7 @@ def judge(
     from qresafe.console import progress_on
 
     with progress_on() as progress:
-        _, verdicts = _judged(_file_spec(overrides, storage, name), source, progress)
+        _, verdicts = judged(_file_spec(overrides, storage, name), source, progress)
     if as_json:
         typer.echo(json.dumps(stage_data("judge", verdicts), indent=1))
         return
@@ -89,7 +89,7 @@ def compare(
 
     spec = _file_spec(overrides, storage, name)
     with progress_on() as progress:
-        named = {label: _judged(spec, path, progress) for label, path in labelled}
+        named = {label: judged(spec, path, progress) for label, path in labelled}
         made = compare_stage(Run(spec.storage, spec.name), named, progress)
     if as_json:
         typer.echo((made.path / "comparison.json").read_text())
@@ -97,7 +97,14 @@ def compare(
         tell_comparison(made)
 
 
-def _judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+def judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+    """Take in completions and judge them.
+
+    Args:
+        spec: Says where results go and which judges look.
+        source: A file or folder of completions (`stages.imported`).
+        progress: Told of the judging.
+    """
     from qresafe.artifacts import Run
     from qresafe.stages.imported import completions_of
     from qresafe.stages.judge import judge as judge_stage
@@ -110,7 +117,9 @@ def _judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
 
 def _is_file(source: str) -> bool:
     path = Path(source)
-    return path.suffix == ".parquet" or (path / "completions.parquet").exists()
+    if path.suffix in (".parquet", ".jsonl") or (path / "completions.parquet").exists():
+        return True
+    return path.is_dir() and any(path.glob("*.jsonl"))
 
 
 def _file_spec(

@@ -33,6 +33,9 @@ class Share(Found):
         low: Lower end of the interval.
         high: Upper end of the interval.
         undecided: Completions left out.
+        clusters: How many clusters of prompts the completions come in; None: each stands alone.
+        cluster_low: Lower end of the interval that resamples whole clusters.
+        cluster_high: Upper end.
     """
 
     yes: int
@@ -41,6 +44,29 @@ class Share(Found):
     low: float
     high: float
     undecided: int = 0
+    clusters: int | None = None
+    cluster_low: float | None = None
+    cluster_high: float | None = None
+
+
+class AtK(Found):
+    """Mean chance that at least one of k samples of a prompt is a yes (ASR@k).
+
+    Attributes:
+        measure: A name of `measures.MEASURES`.
+        k: Samples drawn.
+        n: Prompts with at least k decided samples.
+        share: The mean over prompts, in [0, 1].
+        low: Lower end of its 95 % cluster interval.
+        high: Upper end.
+    """
+
+    measure: str
+    k: int
+    n: int
+    share: float
+    low: float
+    high: float
 
 
 class Utility(Found):
@@ -71,6 +97,9 @@ class ArmResult(Found):
     measures: dict[str, Share]  # by the names of `measures.MEASURES`; absent: cannot be asked
     by_benchmark: dict[str, dict[str, Share]]  # the same for each benchmark, where there are more
     utility: Utility | None
+    by_category: dict[str, dict[str, Share]] = {}
+    by_language: dict[str, dict[str, Share]] = {}
+    at_k: list[AtK] = []
 
 
 class FlipResult(Found):
@@ -85,8 +114,12 @@ class FlipResult(Found):
         lost: So before, not so after.
         p: McNemar's exact two-sided p.
         p_holm: The same, Holm-corrected over all rows of the comparison.
-        detectable: Smallest change of the share that n would have shown with 80 % power at
-            5 %; given where nothing flipped.
+        detectable: Smallest change of the share that as many independent prompts would have shown
+            with 80 % power at 5 %.
+        difference: Share after minus share before.
+        low: Lower end of its 95 % interval (`paired.change_of`).
+        high: Upper end.
+        method: How that interval was made.
     """
 
     before: str
@@ -98,6 +131,77 @@ class FlipResult(Found):
     p: float
     p_holm: float
     detectable: float | None = None
+    difference: float = 0.0
+    low: float = -1.0
+    high: float = 1.0
+    method: str = ""
+
+
+class Agreement(Found):
+    """How two judges agree on the same completions.
+
+    Attributes:
+        first: A judge.
+        second: Another.
+        n: Completions that both judged.
+        observed: Share of equal verdicts.
+        kappa: Cohen's kappa, in [-1, 1]; None where chance alone explains all.
+        low: Lower end of kappa's 95 % interval, if known.
+        high: Upper end.
+        label: The arm; "" for all.
+    """
+
+    first: str
+    second: str
+    n: int
+    observed: float
+    kappa: float | None = None
+    low: float | None = None
+    high: float | None = None
+    label: str = ""
+
+
+class Contamination(Found):
+    """Calibration prompts that resemble evaluation prompts.
+
+    Attributes:
+        calibration: Calibration prompts looked at.
+        evaluation: Evaluation prompts looked at.
+        exact: Calibration prompts that are an evaluation prompt.
+        near: Those that nearly are.
+        dropped: How many of them were left out of calibration.
+    """
+
+    calibration: int
+    evaluation: int
+    exact: int
+    near: int
+    dropped: int
+
+
+class AttackConfiguration(Found):
+    """One decoding configuration of an attack: its settings and the share of attacks it wins."""
+
+    name: str
+    family: str = ""  # "temperature", "top_p", "top_k": a row of the heat map
+    value: str = ""  # the setting in that family
+    share: Share
+
+
+class Attack(Found):
+    """A decoding attack on one arm.
+
+    Attributes:
+        label: The arm.
+        measure: A name of `measures.MEASURES`.
+        worst: Prompts that at least one configuration wins.
+        configurations: Each configuration's share.
+    """
+
+    label: str
+    measure: str = "compliance"
+    worst: Share | None = None
+    configurations: list[AttackConfiguration] = []
 
 
 class Attribution(Found):
@@ -122,8 +226,9 @@ class Comparison(Found):
     Attributes:
         judges: Role (`attack`, `main`) -> judge.
         prompts: Axis -> benchmark -> number of prompts.
-        samples: Completions per prompt. With more than one, the rows of a prompt are not
-            independent: intervals are then too narrow.
+        samples: Completions per prompt.
+        cluster: What the clusters of the cluster intervals are: "phrase", "prompt" (with more than
+            one sample), or "" where every completion stands alone.
         arms: In the order that they were given in.
         flips: All pairs of arms and measures.
         attribution: Empty without a control arm.
@@ -135,6 +240,10 @@ class Comparison(Found):
     arms: list[ArmResult]
     flips: list[FlipResult]
     attribution: list[Attribution]
+    cluster: str = ""
+    agreement: list[Agreement] = []
+    contamination: Contamination | None = None
+    attacks: list[Attack] = []
 
     def arm(self, label: str) -> ArmResult | None:
         """Return the arm called `label`, or None."""

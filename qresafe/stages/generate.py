@@ -14,6 +14,7 @@ from upath import UPath
 from qresafe.artifacts import Artifact, Run, content_key
 from qresafe.errors import CorruptArtifactError, DataError
 from qresafe.hf.batching import length_plan
+from qresafe.hf.models import load_tokenizer
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
 from qresafe.records import COMPLETION, PROMPT, require_columns
@@ -66,7 +67,7 @@ def generate(
         spent = runtime.map_batches(planned.job, planned.batches, parts, progress)
         table = assemble(prompts, read_parts(parts, len(planned.batches)), spec.samples)
         write_table(folder / FILE, table)
-        counts = summary(table, spent)
+        counts = summary(table, spent) | {"chat_template": template_key(model)}
         progress.finish(f"{counts['new_tokens']} tokens, {counts['errors']} errors")
         return counts
 
@@ -81,6 +82,14 @@ def generate(
         progress.start(f"generate {label}")
         progress.finish(reused=True)
     return made
+
+
+def template_key(model: ModelInput | None) -> str | None:
+    """Return a hash of the chat template that a model's prompts go through; None: not known."""
+    if model is None:
+        return None
+    tokenizer = load_tokenizer(model.ref.path, trust_remote_code=model.ref.trust_remote_code)
+    return content_key(tokenizer.chat_template)
 
 
 def table_key(table: pa.Table) -> str:

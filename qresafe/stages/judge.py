@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -13,14 +13,20 @@ from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError
 from qresafe.judges.base import Judge, Verdict
 from qresafe.progress import Progress
-from qresafe.records import COMPLETION, VERDICT, require_columns
+from qresafe.records import COMPLETION, VERDICT
 from qresafe.registry import judges as registry
 from qresafe.stages.generate import FILE as COMPLETIONS
-from qresafe.stages.runtime import Row, read_table, write_table
+from qresafe.stages.runtime import Row
+from qresafe.stages.streams import count_rows, read_rows, table_writer
 
 CODE_VERSION = 1  # also raised when a judge's rules change
 FILE = "verdicts.parquet"
 CHUNK = 500  # completions between two signs of progress
+READ = pa.schema(
+    COMPLETION.field(name)
+    for name in ("prompt_id", "sample", "axis", "prompt", "completion", "error")
+)
+Tally = collections.Counter[tuple[str, str, str]]  # (judge, axis, outcome)
 
 
 def judge(
@@ -49,16 +55,17 @@ def judge(
         raise DataError(f"judges {list(judges)} are none or repeat", remedy="name each judge once")
 
     def work(folder: UPath) -> Mapping[str, Any]:
-        table = require_columns(read_table(completions.path / COMPLETIONS), COMPLETION, COMPLETIONS)
-        progress.start(f"judge {label}".strip(), table.num_rows * len(named), "verdicts")
-        rows = [
-            verdict
-            for name, function in named.items()
-            for verdict in _verdicts(name, function, table.to_pylist(), progress)
-        ]
-        write_table(folder / FILE, pa.Table.from_pylist(rows, schema=VERDICT))
+        source = completions.path / COMPLETIONS
+        progress.start(f"judge {label}".strip(), count_rows(source) * len(named), "verdicts")
+        tally: Tally = collections.Counter()
+        with table_writer(folder / FILE, VERDICT) as writer:
+            for name, function in named.items():
+                for rows in read_rows(source, READ):
+                    made = _verdicts(name, function, rows, progress)
+                    tally.update((v["judge"], v["axis"], v["outcome"]) for v in made)
+                    writer.write(made)
         progress.finish()
-        return count_outcomes(rows)
+        return count_outcomes(tally)
 
     made = run.stage(
         "judge",
@@ -80,10 +87,9 @@ def verdict_on(function: Judge, row: Row) -> Verdict:
     return function(row["axis"], row["prompt"], row["completion"])
 
 
-def count_outcomes(verdicts: Iterable[Row]) -> dict[str, dict[str, dict[str, int]]]:
+def count_outcomes(tally: Tally) -> dict[str, dict[str, dict[str, int]]]:
     """Return judge -> axis -> outcome -> count."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
-    tally = collections.Counter((v["judge"], v["axis"], v["outcome"]) for v in verdicts)
     for (name, axis, outcome), count in tally.items():
         counts.setdefault(name, {}).setdefault(axis, {})[outcome] = count
     return counts

@@ -10,7 +10,7 @@ import pyarrow as pa
 from qresafe.benchmarks.base import find_column, load, prompt_table, text_column
 from qresafe.errors import DataError, nearest
 from qresafe.hf.tables import read_table
-from qresafe.records import Kind
+from qresafe.records import Axis, Kind
 from qresafe.specs import PairsSpec, PromptSetSpec
 
 
@@ -48,3 +48,20 @@ def calibration_prompts(spec: PairsSpec) -> pa.Table:
     named = PromptSetSpec(benchmark="calibration", path=spec.path)
     made = prompt_table(texts, spec=named, where=spec.path)
     return made.set_column(made.column_names.index("axis"), made.schema.field("axis"), [kinds])
+
+
+def file_prompts(path: str) -> pa.Table:
+    """Return the prompts of one file (`records.PROMPT`); all harmful without a column axis.
+
+    Raises:
+        DataError: The file is malformed, or an axis is none of `records.Axis`.
+    """
+    made = load(PromptSetSpec(benchmark="prompts", path=path))
+    table = read_table(path, "test")
+    if "axis" not in table.column_names:
+        return made
+    axes = text_column(table, "axis", path)
+    for axis in dict.fromkeys(axes):
+        if axis not in get_args(Axis):
+            raise DataError(f"axis {axis!r}", where=path, remedy=nearest(str(axis), get_args(Axis)))
+    return made.set_column(made.column_names.index("axis"), made.schema.field("axis"), [axes])
