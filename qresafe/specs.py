@@ -35,12 +35,16 @@ class ModelSpec(Spec):
 class PromptSetSpec(Spec):
     """Prompts of one benchmark and axis."""
 
-    benchmark: str = "embedded"
-    axis: Literal["harmful", "benign", "borderline"] = "harmful"
+    benchmark: str = "embedded"  # `qresafe benchmarks` lists them
+    # None: the benchmark's own (`prompts` and `embedded`: harmful).
+    axis: Literal["harmful", "benign", "borderline"] | None = None
+    subset: str | None = None  # where a benchmark has parts, e.g. harmbench: contextual
     split: str = "test"
-    path: str | None = None  # local file, `datasets` folder or hub id, where the benchmark needs it
-    column: str | None = None  # the prompt column of `prompts`
+    path: str | None = None  # local file, `datasets` folder or hub id; None: the benchmark's hub id
+    column: str | None = None  # the prompt column, where its name is unusual
     target_column: str | None = None
+    category_column: str | None = None
+    lang_column: str | None = None
     limit: AtLeastOne | None = None
 
 
@@ -148,6 +152,11 @@ class PairsSpec(Spec):
     max_new_tokens: AtLeastOne = 64
     batch_size: AtLeastOne = 64  # rows per forward pass where answers are scored
     path: str | None = None  # a prompt file with columns prompt, axis instead of the embedded pool
+    # Benchmarks instead, e.g. [{benchmark: ultrachat, limit: 500}]; their axis is the kind.
+    prompts: tuple[PromptSetSpec, ...] = ()
+    # A calibration prompt that is so similar to an evaluation prompt is dropped: Jaccard
+    # similarity of character 5-grams; 1 drops equal texts alone.
+    near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     seed: int = 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qresafe.errors import DataError
@@ -55,11 +55,16 @@ class ArmRows:
         asked = {m.name: answers(m, self.completions, verdicts) for m in MEASURES}
         return {name: found for name, found in asked.items() if found is not None}
 
-    def parts(self) -> dict[str, ArmRows]:
-        """Return the arm split by benchmark; empty where there is only one."""
+    def parts(self, group: Callable[[Row], str | None]) -> dict[str, ArmRows]:
+        """Return the arm split by what `group` says of its rows; empty without two groups.
+
+        Args:
+            group: A row's group; rows with None are left out.
+        """
         places: dict[str, list[int]] = {}
         for index, row in enumerate(self.completions):
-            places.setdefault(benchmark_of(row), []).append(index)
+            if (name := group(row)) is not None:
+                places.setdefault(name, []).append(index)
         return {
             name: ArmRows(
                 self.label,
@@ -69,6 +74,16 @@ class ArmRows:
             for name, chosen in places.items()
             if len(places) > 1
         }
+
+
+def language_of(row: Row) -> str | None:
+    """Return the language of a completion's prompt, where it is known."""
+    return row["lang"] or None
+
+
+def category_of(row: Row) -> str | None:
+    """Return benchmark and category of a completion's prompt, where it has one."""
+    return f"{benchmark_of(row)}: {row['category']}" if row["category"] else None
 
 
 def benchmark_of(row: Row) -> str:
@@ -111,12 +126,18 @@ def _arm_result(arm: ArmRows, said: Mapping[str, Answers]) -> ArmResult:
         label=arm.label,
         counts=list(_counts(arm)),
         measures={name: share_of(found) for name, found in said.items()},
-        by_benchmark={
-            name: {measure: share_of(found) for measure, found in part.answers().items()}
-            for name, part in arm.parts().items()
-        },
+        by_benchmark=_shares_by(arm, benchmark_of),
         utility=utility_of(arm.completions),
+        by_category=_shares_by(arm, category_of),
+        by_language=_shares_by(arm, language_of),
     )
+
+
+def _shares_by(arm: ArmRows, group: Callable[[Row], str | None]) -> dict[str, dict[str, Share]]:
+    return {
+        name: {measure: share_of(found) for measure, found in part.answers().items()}
+        for name, part in arm.parts(group).items()
+    }
 
 
 def _counts(arm: ArmRows) -> Iterator[OutcomeCounts]:

@@ -13,12 +13,12 @@ from qresafe.errors import DataError
 from qresafe.progress import Progress
 from qresafe.records import COMPLETION, VERDICT, require_columns
 from qresafe.stages.arms import STEPS, ArmRows, compare_arms, require_same
-from qresafe.stages.comparison import Comparison
+from qresafe.stages.comparison import Comparison, Contamination, Source
 from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.runtime import read_table
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FILE = "comparison.json"
 # What may differ between arms: neither changes which text a model prefers.
 NOT_DECODING = {"dtype", "batch_size"}
@@ -27,7 +27,12 @@ Arms = Mapping[str, tuple[Artifact, Artifact]]
 
 
 def compare(
-    run: Run, arms: Arms, progress: Progress, steps: Sequence[tuple[str, str]] | None = None
+    run: Run,
+    arms: Arms,
+    progress: Progress,
+    steps: Sequence[tuple[str, str]] | None = None,
+    *,
+    contamination: Contamination | None = None,
 ) -> Artifact:
     """Compare models that answered the same prompts.
 
@@ -38,6 +43,7 @@ def compare(
         progress: Told of every arm.
         steps: Pairs (before, after) whose flips are counted; None: those of `STEPS` that are
             there, and every pair if none is.
+        contamination: What was found of the calibration prompts, to be told with the results.
 
     Returns:
         The artefact with comparison.json (`comparison.Comparison`).
@@ -55,7 +61,8 @@ def compare(
         for label, (completions, verdicts) in arms.items():
             read.append(read_arm(label, completions, verdicts))
             progress.advance()
-        comparison = compare_arms(read, chosen)
+        more = {"contamination": contamination, "sources": _sources(arms)}
+        comparison = compare_arms(read, chosen).model_copy(update=more)
         write_text(folder / FILE, comparison.model_dump_json(indent=1))
         progress.finish()
         return {"arms": len(arms), "prompts": comparison.prompts}
@@ -63,7 +70,8 @@ def compare(
     keys = {f"{label}.{a.manifest.stage}": a.key for label, pair in arms.items() for a in pair}
     made = run.stage(
         "compare",
-        spec={"arms": list(arms), "steps": [list(step) for step in chosen]},
+        spec={"arms": list(arms), "steps": [list(step) for step in chosen]}
+        | ({"contamination": contamination.model_dump()} if contamination else {}),
         inputs=keys,
         code_version=CODE_VERSION,
         work=work,
@@ -102,6 +110,11 @@ def check_comparable(arms: Arms) -> None:
     require_same("prompts", {k: m.inputs.get("prompts") for k, m in generated.items()})
     require_same("decoding settings", {k: _decoding(m.spec) for k, m in generated.items()})
     require_same("judges", {k: (m.spec.get("judges"), m.code_version) for k, m in judged.items()})
+
+
+def _sources(arms: Arms) -> dict[str, Source]:
+    told = (completions.manifest.counts.get("sources", {}) for completions, _ in arms.values())
+    return {name: Source.model_validate(data) for some in told for name, data in some.items()}
 
 
 def _decoding(spec: Mapping[str, Any]) -> dict[str, Any]:

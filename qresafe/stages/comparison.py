@@ -71,6 +71,8 @@ class ArmResult(Found):
     measures: dict[str, Share]  # by the names of `measures.MEASURES`; absent: cannot be asked
     by_benchmark: dict[str, dict[str, Share]]  # the same for each benchmark, where there are more
     utility: Utility | None
+    by_category: dict[str, dict[str, Share]] = {}  # where prompts have categories
+    by_language: dict[str, dict[str, Share]] = {}  # where prompts have languages
 
 
 class FlipResult(Found):
@@ -116,6 +118,48 @@ class Attribution(Found):
     precision: float
 
 
+class Overlap(Found):
+    """A calibration prompt that was dropped: both ids, and how similar the texts are, in [0, 1]."""
+
+    calibration: str
+    evaluation: str
+    similarity: float
+
+
+class Contamination(Found):
+    """How far the calibration prompts were also evaluation prompts.
+
+    Attributes:
+        calibration: Calibration prompts before any was dropped.
+        evaluation: Evaluation prompts.
+        exact: Dropped because the normalised text is evaluated too.
+        near: Dropped because a nearly equal text is.
+        measure: Of similarity.
+        threshold: From which similarity on a prompt was dropped.
+        highest_kept: The highest similarity among those that were kept.
+        examples: Some of the dropped ones, the most similar first.
+    """
+
+    calibration: int
+    evaluation: int
+    exact: int
+    near: int
+    measure: str
+    threshold: float
+    highest_kept: float
+    examples: list[Overlap] = []
+
+
+class Source(Found):
+    """Where a benchmark's prompts come from and under which licence; `repeats` were dropped."""
+
+    title: str
+    licence: str
+    citation: str
+    origin: str
+    repeats: int = 0
+
+
 class Comparison(Found):
     """What `compare` found.
 
@@ -127,6 +171,8 @@ class Comparison(Found):
         arms: In the order that they were given in.
         flips: All pairs of arms and measures.
         attribution: Empty without a control arm.
+        contamination: None where no calibration took place, or it is not known.
+        sources: Benchmark -> its licence and citation, of public benchmarks.
     """
 
     judges: dict[str, str]
@@ -135,6 +181,8 @@ class Comparison(Found):
     arms: list[ArmResult]
     flips: list[FlipResult]
     attribution: list[Attribution]
+    contamination: Contamination | None = None
+    sources: dict[str, Source] = {}
 
     def arm(self, label: str) -> ArmResult | None:
         """Return the arm called `label`, or None."""

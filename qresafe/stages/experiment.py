@@ -13,7 +13,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.errors import DataError, SpecError, nearest
+from qresafe.errors import SpecError, nearest
 from qresafe.hf.chat import prompt_ids
 from qresafe.hf.models import load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
@@ -22,6 +22,8 @@ from qresafe.registry import judges, quantizers
 from qresafe.specs import ExperimentSpec, GenerateSpec
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.compare import compare
+from qresafe.stages.comparison import Contamination
+from qresafe.stages.contamination import decontaminate
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
 from qresafe.stages.judge import judge
@@ -66,12 +68,8 @@ class Experiment:
         quantizers.get(self.spec.quantize.method)
         for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
             judges.get(name)
-        asked, pool = check_prompts(self.prompts), check_prompts(self.calibration)
+        check_prompts(self.prompts), check_prompts(self.calibration)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
-        if leaked := set(asked["prompt"].to_pylist()) & set(pool["prompt"].to_pylist()):
-            what = f"{len(leaked)} prompts, {min(leaked)!r} first, are both learned and evaluated"
-            remedy = "take them out of pairs.path or out of evaluate.prompts"
-            raise DataError(what, where="the experiment", remedy=remedy)
         self.run.check()
 
     @cached_property
@@ -91,9 +89,19 @@ class Experiment:
         return evaluation_prompts(self.spec.evaluate.prompts)
 
     @cached_property
+    def _pool(self) -> tuple[pa.Table, Contamination]:
+        pool = calibration_prompts(self.spec.pairs)
+        return decontaminate(pool, self.prompts, self.spec.pairs.near_duplicate)
+
+    @property
     def calibration(self) -> pa.Table:
-        """The prompts that W and Q0 answer to make pairs."""
-        return calibration_prompts(self.spec.pairs)
+        """The prompts that W and Q0 answer to make pairs; none of them is evaluated."""
+        return self._pool[0]
+
+    @property
+    def contamination(self) -> Contamination:
+        """What was dropped from the calibration prompts because it is evaluated."""
+        return self._pool[1]
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -144,6 +152,7 @@ class Experiment:
             spec=self.spec.pairs,
             runtime=self.runtime,
             progress=self.progress,
+            contamination=self.contamination,
         )
         return self._note("pairs", made)
 
@@ -215,7 +224,8 @@ class Experiment:
     @cached_property
     def comparison(self) -> Artifact:
         """Rates, intervals and paired flips of all arms."""
-        return self._note("compare", compare(self.run, self.measured, self.progress))
+        made = compare(self.run, self.measured, self.progress, contamination=self.contamination)
+        return self._note("compare", made)
 
     @cached_property
     def report(self) -> Artifact:
