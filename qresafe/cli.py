@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, patch
+from qresafe.commands import attack, benchmarks, demo_model, doctor, experiment, files, patch
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -29,12 +29,13 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "quantize": experiment.quantize,
         "generate": experiment.generate,
         "judge": files.judge,
+        "attack": attack.attack,
         "pairs": experiment.pairs,
         "export": experiment.export,
         "compare": files.compare,
         "report": experiment.report,
     },
-    MACHINE: {"doctor": doctor.doctor},
+    MACHINE: {"doctor": doctor.doctor, "benchmarks": benchmarks.benchmarks},
 }
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():

@@ -228,6 +228,28 @@ class PatchSpec(Spec):
     seed: int = 0
 
 
+class DecodingSpec(Spec):
+    """One decoding configuration of an attack; a temperature of 0 is greedy."""
+
+    temperature: Weight = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = 0  # 0: no limit
+
+
+class AttackSpec(Spec):
+    """Attacks on the harmful prompts: every system prompt x template x prefill x decoding."""
+
+    # huang: the 49 of Huang et al. 2023; paper: the six columns of the Q-resafe paper; or a list.
+    decoding: Literal["huang", "paper"] | tuple[DecodingSpec, ...] = "huang"
+    systems: Annotated[tuple[str, ...], Field(min_length=1)] = ("none",)  # vanilla, aoa, or a text
+    prefills: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)  # e.g. "Sure, here is"
+    templates: str | None = None  # a file of jailbreaks with {prompt} where the prompt goes
+    samples: AtLeastOne = 1  # draws of each
+    max_new_tokens: AtLeastOne = 100
+    batch_size: AtLeastOne = 32  # prompts that are read together, once for all configurations
+    seed: int = 0
+
+
 class EvaluateSpec(Spec):
     """What W, the control, Q0 and Q are measured on."""
 
@@ -239,6 +261,7 @@ class EvaluateSpec(Spec):
     judges: tuple[str, ...] = ("keyword", "refusal")
     generate: GenerateSpec = GenerateSpec()
     adapter: bool = True  # also measure the unrounded adapter
+    attack: AttackSpec | None = None  # also attack W, Q0 and Q, e.g. `--set evaluate.attack={}`
 
 
 class ResourcesSpec(Spec):

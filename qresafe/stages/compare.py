@@ -13,13 +13,14 @@ from qresafe.errors import DataError
 from qresafe.progress import Progress
 from qresafe.records import COMPLETION, VERDICT, require_columns
 from qresafe.stages.arms import STEPS, ArmRows, compare_arms, require_same
-from qresafe.stages.comparison import Comparison, Contamination, Source
+from qresafe.stages.comparison import AttackResult, Comparison, Contamination, Source
 from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.runtime import read_table
 
 CODE_VERSION = 2
 FILE = "comparison.json"
+ATTACK_FILE = "attack.json"  # of the attack_result stage
 # What may differ between arms: neither changes which text a model prefers.
 NOT_DECODING = {"dtype", "batch_size"}
 
@@ -33,6 +34,7 @@ def compare(
     steps: Sequence[tuple[str, str]] | None = None,
     *,
     contamination: Contamination | None = None,
+    attacks: Sequence[Artifact] = (),
 ) -> Artifact:
     """Compare models that answered the same prompts.
 
@@ -44,6 +46,7 @@ def compare(
         steps: Pairs (before, after) whose flips are counted; None: those of `STEPS` that are
             there, and every pair if none is.
         contamination: What was found of the calibration prompts, to be told with the results.
+        attacks: Finished `attack_result` stages, to be told with the results.
 
     Returns:
         The artefact with comparison.json (`comparison.Comparison`).
@@ -61,13 +64,18 @@ def compare(
         for label, (completions, verdicts) in arms.items():
             read.append(read_arm(label, completions, verdicts))
             progress.advance()
-        more = {"contamination": contamination, "sources": _sources(arms)}
+        more = {
+            "contamination": contamination,
+            "sources": _sources(arms),
+            "attacks": [read_attack(made) for made in attacks],
+        }
         comparison = compare_arms(read, chosen).model_copy(update=more)
         write_text(folder / FILE, comparison.model_dump_json(indent=1))
         progress.finish()
         return {"arms": len(arms), "prompts": comparison.prompts}
 
     keys = {f"{label}.{a.manifest.stage}": a.key for label, pair in arms.items() for a in pair}
+    keys |= {f"attack {place}": made.key for place, made in enumerate(attacks)}
     made = run.stage(
         "compare",
         spec={"arms": list(arms), "steps": [list(step) for step in chosen]}
@@ -115,6 +123,11 @@ def check_comparable(arms: Arms) -> None:
 def _sources(arms: Arms) -> dict[str, Source]:
     told = (completions.manifest.counts.get("sources", {}) for completions, _ in arms.values())
     return {name: Source.model_validate(data) for some in told for name, data in some.items()}
+
+
+def read_attack(artifact: Artifact) -> AttackResult:
+    """Read a finished `attack_result` stage."""
+    return AttackResult.model_validate_json((artifact.path / ATTACK_FILE).read_text())
 
 
 def _decoding(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,6 +160,63 @@ class Source(Found):
     repeats: int = 0
 
 
+class AttackCell(Found):
+    """One framing under one decoding configuration.
+
+    Attributes:
+        framing: System prompt, template and prefill; "plain": none of them.
+        configuration: Such as "temperature 0.95".
+        share: Over all prompts and draws. With several draws its interval is Student's t over
+            the prompts' own shares, else Wilson's.
+        success_at_k: k -> unbiased estimate of the share of prompts on which at least one of k
+            draws succeeds (None: no prompt has k decided draws); empty with one draw.
+    """
+
+    framing: str
+    configuration: str
+    share: Share
+    success_at_k: dict[int, float | None] = {}
+
+
+class AttackMeasure(Found):
+    """One measure of an attack.
+
+    Attributes:
+        measure: A name of `measures.MEASURES`.
+        worst_case: Share of prompts on which any completion at all counts; a prompt is undecided
+            if none does and one is undecided.
+        worst_case_by_framing: The same for each framing alone.
+        cells: Framing by framing, in the configurations' order.
+    """
+
+    measure: str
+    worst_case: Share
+    worst_case_by_framing: dict[str, Share]
+    cells: list[AttackCell]
+
+
+class AttackResult(Found):
+    """What an attack on one model achieved.
+
+    Attributes:
+        label: The model.
+        judges: Role (`attack`, `main`) -> judge.
+        prompts: Harmful prompts that were tried.
+        samples: Draws of each prompt in each cell.
+        framings: Names, in order.
+        configurations: Names, in order.
+        measures: attack_success, compliance and coherence, as far as the judges tell.
+    """
+
+    label: str
+    judges: dict[str, str]
+    prompts: int
+    samples: int
+    framings: list[str]
+    configurations: list[str]
+    measures: list[AttackMeasure]
+
+
 class Comparison(Found):
     """What `compare` found.
 
@@ -173,6 +230,7 @@ class Comparison(Found):
         attribution: Empty without a control arm.
         contamination: None where no calibration took place, or it is not known.
         sources: Benchmark -> its licence and citation, of public benchmarks.
+        attacks: One per model that was attacked; empty without `evaluate.attack`.
     """
 
     judges: dict[str, str]
@@ -183,6 +241,7 @@ class Comparison(Found):
     attribution: list[Attribution]
     contamination: Contamination | None = None
     sources: dict[str, Source] = {}
+    attacks: list[AttackResult] = []
 
     def arm(self, label: str) -> ArmResult | None:
         """Return the arm called `label`, or None."""

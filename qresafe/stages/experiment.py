@@ -19,8 +19,11 @@ from qresafe.hf.models import load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.registry import judges, quantizers
-from qresafe.specs import ExperimentSpec, GenerateSpec
+from qresafe.specs import AttackSpec, ExperimentSpec, GenerateSpec
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
+from qresafe.stages.attack import attack, harmful_prompts
+from qresafe.stages.attack_grid import cells
+from qresafe.stages.attack_result import attack_result
 from qresafe.stages.compare import compare
 from qresafe.stages.comparison import Contamination
 from qresafe.stages.contamination import decontaminate
@@ -36,6 +39,7 @@ from qresafe.stages.report import ReportInput, report
 from qresafe.stages.runtime import Runtime
 
 ARMS = (W, CONTROL, Q0, Q, ADAPTER)  # in the order of every table
+ATTACKED = (W, Q0, Q)
 EVALUATION, CALIBRATION = "evaluation", "calibration"
 
 
@@ -69,6 +73,9 @@ class Experiment:
         for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
             judges.get(name)
         check_prompts(self.prompts), check_prompts(self.calibration)
+        if self.spec.evaluate.attack:
+            cells(self.spec.evaluate.attack)
+            harmful_prompts(self.prompts)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         self.run.check()
 
@@ -215,6 +222,32 @@ class Experiment:
         completions = self.completions(arm)
         made = judge(self.run, completions, self.spec.evaluate.judges, self.progress, label=arm)
         return self._note(f"judge {arm}", made)
+
+    def attacked(self, arm: str) -> Artifact:
+        """Return what the attack of `evaluate.attack` (or the default one) achieved on an arm."""
+        spec = self.spec.evaluate.attack or AttackSpec()
+        tried = attack(
+            self.run,
+            label=arm,
+            model=self.model(arm),
+            prompts=self.prompts,
+            spec=spec,
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        self._note(f"attack {arm}", tried)
+        named = self.spec.evaluate.judges
+        verdicts = judge(self.run, tried, named, self.progress, label=f"attack on {arm}")
+        self._note(f"judge attack {arm}", verdicts)
+        made = attack_result(
+            self.run,
+            label=arm,
+            completions=tried,
+            verdicts=verdicts,
+            spec=spec,
+            progress=self.progress,
+        )
+        return self._note(f"attack result {arm}", made)
 
     @cached_property
     def measured(self) -> dict[str, tuple[Artifact, Artifact]]:
