@@ -83,7 +83,9 @@ class CalibrationSpec(Spec):
     benign: Count = 90
     harmful: Count = 10  # only at risk III
     obedient: Count = 10  # only at risk II, which has nothing else
-    path: str | None = None  # a JSONL of {"messages": [...]} instead of the embedded templates
+    # Chats with a column `messages` instead of the embedded templates: a JSONL file, a datasets
+    # folder or a hub id such as HuggingFaceH4/ultrachat_200k.
+    path: str | None = None
 
     @model_validator(mode="before")
     @classmethod
