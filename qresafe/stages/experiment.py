@@ -257,7 +257,13 @@ class Experiment:
     @cached_property
     def comparison(self) -> Artifact:
         """Rates, intervals and paired flips of all arms."""
-        made = compare(self.run, self.measured, self.progress, contamination=self.contamination)
+        made = compare(
+            self.run,
+            self.measured,
+            self.progress,
+            contamination=self.contamination,
+            attacks=[self.attacked(arm) for arm in ATTACKED] if self.spec.evaluate.attack else [],
+        )
         return self._note("compare", made)
 
     @cached_property
