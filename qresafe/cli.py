@@ -30,6 +30,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "generate": experiment.generate,
         "judge": files.judge,
         "attack": attack.attack,
+        "ifeval": files.ifeval,
         "pairs": experiment.pairs,
         "export": experiment.export,
         "compare": files.compare,

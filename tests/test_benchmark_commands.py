@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qresafe.cli import main
@@ -79,3 +81,20 @@ def test_benchmarks_are_listed_with_licence_and_citation(
     assert found["harmbench"]["subsets"] == ["standard", "contextual", "copyright"]
     shown = said(capsys, "benchmarks")
     assert all(name in shown for name in found)
+
+
+def test_ifeval_scores_completions_made_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    (tmp_path / "input_data.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": text} | wanted) for text in ("p", "q"))
+    )
+    pq.write_table(
+        pa.table({"prompt": ["p", "q"], "completion": ["a b", "a, b"]}), tmp_path / "c.parquet"
+    )
+    given = ["ifeval", str(tmp_path / "c.parquet"), "--storage", str(tmp_path)]
+    given += ["--instructions", str(tmp_path / "input_data.jsonl")]
+    found = json.loads(said(capsys, *given, "--json"))
+    assert (found["prompt_strict"]["yes"], found["prompt_strict"]["n"]) == (1, 2)
+    assert "50.0" in said(capsys, *given)

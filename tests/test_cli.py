@@ -24,7 +24,7 @@ from qresafe.specs import ExperimentSpec
 COMMANDS = [
     *(["demo"], ["run"], ["show"], ["quantize"], ["generate"], ["judge"], ["pairs"], ["patch"]),
     *(["export"], ["compare"], ["report"], ["doctor"], ["demo-model"]),
-    *(["attack"], ["benchmarks"]),
+    *(["attack"], ["benchmarks"], ["ifeval"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
 ]
