@@ -8,7 +8,16 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import attack, benchmarks, demo_model, doctor, experiment, files, patch
+from qresafe.commands import (
+    attack,
+    benchmarks,
+    demo_model,
+    doctor,
+    experiment,
+    files,
+    harness,
+    patch,
+)
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -31,6 +40,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "judge": files.judge,
         "attack": attack.attack,
         "ifeval": files.ifeval,
+        "lm-eval": harness.lm_eval,
         "pairs": experiment.pairs,
         "export": experiment.export,
         "compare": files.compare,

@@ -7,6 +7,7 @@ experiment shares every stage that its spec does not touch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,6 +30,7 @@ from qresafe.stages.comparison import Contamination
 from qresafe.stages.contamination import decontaminate
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
+from qresafe.stages.harness import harness
 from qresafe.stages.judge import judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
@@ -248,6 +250,21 @@ class Experiment:
             progress=self.progress,
         )
         return self._note(f"attack result {arm}", made)
+
+    def harness(
+        self, arm: str, tasks: Sequence[str], limit: int | None, include: str | None
+    ) -> Artifact:
+        """Return an arm's results on tasks of lm-evaluation-harness."""
+        made = harness(
+            self.run,
+            label=arm,
+            model=self.model(arm),
+            tasks=tasks,
+            limit=limit,
+            include=include,
+            progress=self.progress,
+        )
+        return self._note(f"lm-eval {arm}", made)
 
     @cached_property
     def measured(self) -> dict[str, tuple[Artifact, Artifact]]:

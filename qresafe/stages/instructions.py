@@ -49,6 +49,10 @@ def _compare(count: int, wanted: int, relation: str) -> bool:
     return count < wanted if relation == "less than" else count >= wanted
 
 
+def _at_least(count: int, wanted: int) -> bool:
+    return count >= wanted
+
+
 def _count(text: str, word: str) -> int:
     return len(re.findall(re.escape(word), text, flags=re.IGNORECASE))
 
@@ -60,7 +64,8 @@ def _words(text: str, given: Arguments) -> bool:
 def _paragraphs(text: str, given: Arguments) -> bool:
     parts = re.split(r"\s?\*\*\*\s?", text)
     inner = [part for place, part in enumerate(parts) if part.strip() or 0 < place < len(parts) - 1]
-    return all(part.strip() for part in inner) and len(inner) == given["num_paragraphs"]
+    wanted: int = given["num_paragraphs"]
+    return all(part.strip() for part in inner) and len(inner) == wanted
 
 
 def _keywords(text: str, given: Arguments) -> bool:
@@ -84,16 +89,17 @@ def _letters(text: str, given: Arguments) -> bool:
 def _bullets(text: str, given: Arguments) -> bool:
     stars = re.findall(r"^\s*\*[^*].*$", text, flags=re.MULTILINE)
     dashes = re.findall(r"^\s*-.*$", text, flags=re.MULTILINE)
-    return len(stars) + len(dashes) == given["num_bullets"]
+    wanted: int = given["num_bullets"]
+    return len(stars) + len(dashes) == wanted
 
 
 def _placeholders(text: str, given: Arguments) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= given["num_placeholders"]
+    return _at_least(len(re.findall(r"\[.*?\]", text)), given["num_placeholders"])
 
 
 def _highlights(text: str, given: Arguments) -> bool:
     marked = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
-    return sum(bool(m.strip("* ")) for m in marked) >= given["num_highlights"]
+    return _at_least(sum(bool(m.strip("* ")) for m in marked), given["num_highlights"])
 
 
 def _title(text: str, _: Arguments) -> bool:
