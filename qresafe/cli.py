@@ -8,7 +8,17 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, gate, patch
+from qresafe.commands import (
+    attack,
+    benchmarks,
+    demo_model,
+    doctor,
+    experiment,
+    files,
+    gate,
+    harness,
+    patch,
+)
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -29,13 +39,16 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "quantize": experiment.quantize,
         "generate": experiment.generate,
         "judge": files.judge,
+        "attack": attack.attack,
+        "ifeval": files.ifeval,
+        "lm-eval": harness.lm_eval,
         "pairs": experiment.pairs,
         "export": experiment.export,
         "compare": files.compare,
         "report": experiment.report,
         "gate": gate.gate,
     },
-    MACHINE: {"doctor": doctor.doctor},
+    MACHINE: {"doctor": doctor.doctor, "benchmarks": benchmarks.benchmarks},
 }
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():

@@ -43,6 +43,7 @@ OWNERS = {
     "compressed_tensors": {"hf"},
     "datasets": {"hf"},
     "llmcompressor": set(),
+    "lm_eval": {"hf"},
     "typer": {"cli", "commands", "ray_jobs"},
     "rich": {"console"},
 }

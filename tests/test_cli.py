@@ -24,6 +24,7 @@ from qresafe.specs import ExperimentSpec
 COMMANDS = [
     *(["demo"], ["run"], ["show"], ["quantize"], ["generate"], ["judge"], ["pairs"], ["patch"]),
     *(["export"], ["compare"], ["report"], ["gate"], ["doctor"], ["demo-model"]),
+    *(["attack"], ["benchmarks"], ["ifeval"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
 ]

@@ -17,7 +17,7 @@ from qresafe.commands.options import (
     Workers,
     experiment,
 )
-from qresafe.commands.running import Arms, execute, stage_data, tell_comparison, wanted
+from qresafe.commands.running import Arms, execute, share_cell, stage_data, tell_comparison, wanted
 from qresafe.errors import SpecError
 
 if TYPE_CHECKING:
@@ -95,6 +95,38 @@ def compare(
         typer.echo((made.path / "comparison.json").read_text())
     else:
         tell_comparison(made)
+
+
+def ifeval(
+    source: Annotated[
+        Path, typer.Argument(help="Completions of IFEval's prompts: a folder or a Parquet file.")
+    ],
+    instructions: Annotated[
+        str, typer.Option(help="IFEval's table: input_data.jsonl, a datasets folder or a hub id.")
+    ] = "google/IFEval",
+    storage: Storage = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score completions of IFEval's prompts by its verifiable instructions."""
+    from qresafe.artifacts import Run
+    from qresafe.console import table
+    from qresafe.stages.ifeval import read_instructions, score
+    from qresafe.stages.imported import completions_of
+    from qresafe.stages.runtime import read_table
+
+    spec = _file_spec(None, storage, name)
+    made = completions_of(Run(spec.storage, spec.name), source)
+    rows = read_table(made.path / "completions.parquet").to_pylist()
+    found = score(rows, read_instructions(instructions))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    shares = {kind: share for kind, share in found if hasattr(share, "share")}
+    shown = [[kind.replace("_", ", "), str(s.n), share_cell(s)] for kind, s in shares.items()]
+    table(["accuracy", "n", "%"], shown)
+    for instruction, prompts in found.not_scored.items():
+        typer.echo(f"{prompts} prompts not scored: no check of {instruction}")
 
 
 def judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:

@@ -103,7 +103,7 @@ def _by(arm: ArmRows, column: str) -> dict[str, dict[str, Share]]:
     if len(arm.splits[column].names) > MOST_PARTS:
         return {}
     parts = arm.parts(column).items()
-    return {name or "none": _shares(part, part.answers()) for name, part in parts}
+    return {name: _shares(part, part.answers()) for name, part in parts}
 
 
 def _shares(arm: ArmRows, said: Mapping[str, Answers]) -> dict[str, Share]:

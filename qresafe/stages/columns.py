@@ -119,9 +119,12 @@ class ArmRows:
         return {name: found for name, found in asked.items() if found is not None}
 
     def parts(self, by: str) -> dict[str, ArmRows]:
-        """Return the arm split by one of `SPLITS`; empty where there is only one part."""
+        """Return the arm split by one of `SPLITS`; empty where there is only one part.
+
+        What has no label is in no part.
+        """
         labels = self.splits[by]
-        present = [name for name in labels.names if labels.where(name).any()]
+        present = [name for name in labels.names if name and labels.where(name).any()]
         if len(present) < 2:
             return {}
         return {name: self.taken(np.flatnonzero(labels.where(name))) for name in present}
@@ -191,6 +194,14 @@ def benchmark_of(row: Row) -> str:
     return row["benchmark"] or "prompts"
 
 
+def part_of(row: Row, by: str) -> str:
+    """Return the part of a split that a completion's prompt belongs to; "" where it has none."""
+    if by == "benchmark":
+        return benchmark_of(row)
+    name = row[by] or ""
+    return f"{benchmark_of(row)}: {name}" if by == "category" and name else name
+
+
 def hashed(*parts: object) -> int:
     """Return a signed 64-bit hash: among a million rows, two agree once in 10^7 times."""
     text = "\x1f".join(map(str, parts)).encode()
@@ -252,7 +263,7 @@ class _Columns:
         self.samples.append(row["sample"])
         self.axes.append(AXES.index(row["axis"]))
         for name, codes in self.codes.items():
-            value = benchmark_of(row) if name == "benchmark" else row[name] or ""
+            value = part_of(row, name)
             codes.append(self.names[name].setdefault(value, len(self.names[name])))
         if row["axis"] == "benign" and row["target"]:
             self._refer(row)

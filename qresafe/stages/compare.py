@@ -13,10 +13,11 @@ from qresafe.errors import DataError
 from qresafe.progress import Progress
 from qresafe.stages.arms import STEPS, compare_arms, require_same
 from qresafe.stages.columns import read_arm
-from qresafe.stages.comparison import Comparison
+from qresafe.stages.comparison import AttackResult, Comparison, Contamination, Source
 
 CODE_VERSION = 2
 FILE = "comparison.json"
+ATTACK_FILE = "attack.json"  # of the attack_result stage
 # What may differ between arms: neither changes which text a model prefers.
 NOT_DECODING = {"dtype", "batch_size"}
 
@@ -24,7 +25,13 @@ Arms = Mapping[str, tuple[Artifact, Artifact]]
 
 
 def compare(
-    run: Run, arms: Arms, progress: Progress, steps: Sequence[tuple[str, str]] | None = None
+    run: Run,
+    arms: Arms,
+    progress: Progress,
+    steps: Sequence[tuple[str, str]] | None = None,
+    *,
+    contamination: Contamination | None = None,
+    attacks: Sequence[Artifact] = (),
 ) -> Artifact:
     """Compare models that answered the same prompts.
 
@@ -35,6 +42,8 @@ def compare(
         progress: Told of every arm.
         steps: Pairs (before, after) whose flips are counted; None: those of `STEPS` that are
             there, and every pair if none is.
+        contamination: What was found of the calibration prompts, to be told with the results.
+        attacks: Finished `attack_result` stages, to be told with the results.
 
     Returns:
         The artefact with comparison.json (`comparison.Comparison`).
@@ -52,15 +61,22 @@ def compare(
         for label, (completions, verdicts) in arms.items():
             read.append(read_arm(label, completions, verdicts))
             progress.advance()
-        comparison = compare_arms(read, chosen)
+        more = {
+            "contamination": contamination,
+            "sources": _sources(arms),
+            "attacks": [read_attack(made) for made in attacks],
+        }
+        comparison = compare_arms(read, chosen).model_copy(update=more)
         write_text(folder / FILE, comparison.model_dump_json(indent=1))
         progress.finish()
         return {"arms": len(arms), "prompts": comparison.prompts}
 
     keys = {f"{label}.{a.manifest.stage}": a.key for label, pair in arms.items() for a in pair}
+    keys |= {f"attack {place}": made.key for place, made in enumerate(attacks)}
     made = run.stage(
         "compare",
-        spec={"arms": list(arms), "steps": [list(step) for step in chosen]},
+        spec={"arms": list(arms), "steps": [list(step) for step in chosen]}
+        | ({"contamination": contamination.model_dump()} if contamination else {}),
         inputs=keys,
         code_version=CODE_VERSION,
         work=work,
@@ -109,6 +125,16 @@ def check_comparable(arms: Arms) -> None:
 
 def _judging(manifest: Manifest) -> dict[str, Any]:
     return {"judges": manifest.spec.get("judges"), "version": manifest.code_version}
+
+
+def _sources(arms: Arms) -> dict[str, Source]:
+    told = (completions.manifest.counts.get("sources", {}) for completions, _ in arms.values())
+    return {name: Source.model_validate(data) for some in told for name, data in some.items()}
+
+
+def read_attack(artifact: Artifact) -> AttackResult:
+    """Read a finished `attack_result` stage."""
+    return AttackResult.model_validate_json((artifact.path / ATTACK_FILE).read_text())
 
 
 def _decoding(manifest: Manifest) -> dict[str, Any]:

@@ -161,49 +161,6 @@ class Agreement(Found):
     label: str = ""
 
 
-class Contamination(Found):
-    """Calibration prompts that resemble evaluation prompts.
-
-    Attributes:
-        calibration: Calibration prompts looked at.
-        evaluation: Evaluation prompts looked at.
-        exact: Calibration prompts that are an evaluation prompt.
-        near: Those that nearly are.
-        dropped: How many of them were left out of calibration.
-    """
-
-    calibration: int
-    evaluation: int
-    exact: int
-    near: int
-    dropped: int
-
-
-class AttackConfiguration(Found):
-    """One decoding configuration of an attack: its settings and the share of attacks it wins."""
-
-    name: str
-    family: str = ""  # "temperature", "top_p", "top_k": a row of the heat map
-    value: str = ""  # the setting in that family
-    share: Share
-
-
-class Attack(Found):
-    """A decoding attack on one arm.
-
-    Attributes:
-        label: The arm.
-        measure: A name of `measures.MEASURES`.
-        worst: Prompts that at least one configuration wins.
-        configurations: Each configuration's share.
-    """
-
-    label: str
-    measure: str = "compliance"
-    worst: Share | None = None
-    configurations: list[AttackConfiguration] = []
-
-
 class Attribution(Found):
     """A quantized model's change of one measure, split at its full-precision control.
 
@@ -220,6 +177,104 @@ class Attribution(Found):
     precision: float
 
 
+class Overlap(Found):
+    """A calibration prompt that was dropped: both ids, and how similar the texts are, in [0, 1]."""
+
+    calibration: str
+    evaluation: str
+    similarity: float
+
+
+class Contamination(Found):
+    """How far the calibration prompts were also evaluation prompts.
+
+    Attributes:
+        calibration: Calibration prompts before any was dropped.
+        evaluation: Evaluation prompts.
+        exact: Dropped because the normalised text is evaluated too.
+        near: Dropped because a nearly equal text is.
+        measure: Of similarity.
+        threshold: From which similarity on a prompt was dropped.
+        highest_kept: The highest similarity among those that were kept.
+        examples: Some of the dropped ones, the most similar first.
+    """
+
+    calibration: int
+    evaluation: int
+    exact: int
+    near: int
+    measure: str
+    threshold: float
+    highest_kept: float
+    examples: list[Overlap] = []
+
+
+class Source(Found):
+    """Where a benchmark's prompts come from and under which licence; `repeats` were dropped."""
+
+    title: str
+    licence: str
+    citation: str
+    origin: str
+    repeats: int = 0
+
+
+class AttackCell(Found):
+    """One framing under one decoding configuration.
+
+    Attributes:
+        framing: System prompt, template and prefill; "plain": none of them.
+        configuration: Such as "temperature 0.95".
+        share: Over all prompts and draws; with several draws the cluster interval is what counts.
+        success_at_k: k -> unbiased estimate of the share of prompts on which at least one of k
+            draws succeeds (None: no prompt has k decided draws); empty with one draw.
+    """
+
+    framing: str
+    configuration: str
+    share: Share
+    success_at_k: dict[int, float | None] = {}
+
+
+class AttackMeasure(Found):
+    """One measure of an attack.
+
+    Attributes:
+        measure: A name of `measures.MEASURES`.
+        worst_case: Share of prompts on which any completion at all counts; a prompt is undecided
+            if none does and one is undecided.
+        worst_case_by_framing: The same for each framing alone.
+        cells: Framing by framing, in the configurations' order.
+    """
+
+    measure: str
+    worst_case: Share
+    worst_case_by_framing: dict[str, Share]
+    cells: list[AttackCell]
+
+
+class AttackResult(Found):
+    """What an attack on one model achieved.
+
+    Attributes:
+        label: The model.
+        judges: Role (`attack`, `main`) -> judge.
+        prompts: Harmful prompts that were tried.
+        samples: Draws of each prompt in each cell.
+        framings: Names, in order.
+        configurations: Names, in order.
+        measures: attack_success, compliance and coherence, as far as the judges tell.
+    """
+
+    label: str
+    judges: dict[str, str]
+    prompts: int
+    samples: int
+    framings: list[str]
+    configurations: list[str]
+    measures: list[AttackMeasure]
+
+
 class Comparison(Found):
     """What `compare` found.
 
@@ -232,6 +287,9 @@ class Comparison(Found):
         arms: In the order that they were given in.
         flips: All pairs of arms and measures.
         attribution: Empty without a control arm.
+        contamination: None where no calibration took place, or it is not known.
+        sources: Benchmark -> its licence and citation, of public benchmarks.
+        attacks: One per model that was attacked; empty without `evaluate.attack`.
     """
 
     judges: dict[str, str]
@@ -243,7 +301,8 @@ class Comparison(Found):
     cluster: str = ""
     agreement: list[Agreement] = []
     contamination: Contamination | None = None
-    attacks: list[Attack] = []
+    sources: dict[str, Source] = {}
+    attacks: list[AttackResult] = []
 
     def arm(self, label: str) -> ArmResult | None:
         """Return the arm called `label`, or None."""

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from qresafe.errors import ModelError, nearest
 from qresafe.specs import GenerateSpec
+from qresafe.stages.conversation import converse
 from qresafe.stages.engines import ANSWER, answer_row
 from qresafe.stages.runtime import BatchFunction, Row
 
@@ -41,6 +42,7 @@ class EndpointJob:
                 "target_ids": [],
                 "size": len(row["prompt"]),
             }
+            | ({"follow_ups": row["follow_ups"]} if row.get("follow_ups") else {})
             for row in prompts
         ]
 
@@ -49,7 +51,12 @@ class EndpointJob:
 
         def compute(rows: list[Row]) -> pa.Table:
             with ThreadPoolExecutor(self.spec.concurrency) as pool:
-                answers = list(pool.map(lambda row: ask(client, row, self.spec), rows))
+
+                def ask_all(some: list[Row], turn: int = 0) -> list[Row]:
+                    return list(pool.map(lambda row: ask(client, row, self.spec), some))
+
+                answers = ask_all(rows)
+                converse(rows, answers, self.spec.system_prompt, ask_all)
             return pa.Table.from_pylist(answers, schema=ANSWER)
 
         return compute
@@ -124,10 +131,11 @@ def ask(client: Any, row: Row, spec: GenerateSpec) -> Row:
 def parameters(row: Row, spec: GenerateSpec) -> dict[str, Any]:
     """Return the request: the prompt, the sampling settings, and a seed of its own."""
     system = [{"role": "system", "content": spec.system_prompt}] if spec.system_prompt else []
+    chat = row.get("messages") or [*system, {"role": "user", "content": row["prompt"]}]
     digest = hashlib.sha256(f"{spec.seed}/{row['prompt_id']}/{row['sample']}".encode()).digest()
     request = {
         "model": spec.endpoint_model,
-        "messages": [*system, {"role": "user", "content": row["prompt"]}],
+        "messages": chat,
         "max_tokens": spec.max_new_tokens,
         "temperature": spec.temperature,
         "top_p": spec.top_p,

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from qresafe.stages.comparison import ArmResult, Attack, AttackConfiguration, Comparison, Share
+from qresafe.stages.comparison import (
+    ArmResult,
+    AttackCell,
+    AttackMeasure,
+    AttackResult,
+    Comparison,
+    Share,
+)
 from qresafe.stages.measures import (
     ATTACK,
     BY_NAME,
@@ -58,7 +65,9 @@ def parts(comparison: Comparison) -> list[Part]:
 
 def _part_rows(comparison: Comparison, split: str, measure: Measure) -> list[PartRow]:
     rows = []
-    for name in sorted(_split(comparison.arms[0], split)):
+    names = sorted(_split(comparison.arms[0], split))
+    benchmarks = {name.partition(": ")[0] for name in names}
+    for name in names:
         shares = [_split(arm, split).get(name, {}).get(measure.name) for arm in comparison.arms]
         known = [share for share in shares if share is not None]
         if not known:
@@ -67,7 +76,9 @@ def _part_rows(comparison: Comparison, split: str, measure: Measure) -> list[Par
         n = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
         cells = [percent(share.share) if share else "–" for share in shares]
         ends = [interval(share) if share else "" for share in shares]
-        rows.append(PartRow(name, n, cells, ends, sizes[0] < FEW))
+        # The benchmark says something only where there are several.
+        shown = name.partition(": ")[2] or name if len(benchmarks) == 1 else name
+        rows.append(PartRow(shown, n, cells, ends, sizes[0] < FEW))
     return rows
 
 
@@ -77,44 +88,64 @@ def _split(arm: ArmResult, split: str) -> Mapping[str, Mapping[str, Share]]:
 
 
 def attacks(comparison: Comparison) -> list[Panel]:
-    """Return a heat map for each family of decoding settings: arms by setting."""
-    families = dict.fromkeys(
-        one.family or one.name for attack in comparison.attacks for one in attack.configurations
+    """Return a heat map for each family of decoding settings: models and framings by setting."""
+    names = [name for attack in comparison.attacks for name in attack.configurations]
+    return [_heat(comparison.attacks, f) for f in dict.fromkeys(_setting(n)[0] for n in names)]
+
+
+def _heat(given: list[AttackResult], family: str) -> Panel:
+    shown = [(attack, main_measure(attack)) for attack in given if attack.measures]
+    rows: dict[str, list[AttackCell]] = {}
+    for attack, measure in shown:
+        for cell in measure.cells:
+            if _setting(cell.configuration)[0] == family:
+                rows.setdefault(_row_name(attack, cell), []).append(cell)
+    columns = list(
+        dict.fromkeys(_setting(c.configuration)[1] for some in rows.values() for c in some)
     )
-    return [_heat(comparison.attacks, family) for family in families]
-
-
-def _heat(given: list[Attack], family: str) -> Panel:
-    of_family = [
-        [one for one in attack.configurations if (one.family or one.name) == family]
-        for attack in given
-    ]
-    columns = list(dict.fromkeys(_setting(one) for some in of_family for one in some))
     cells = {
-        (row, columns.index(_setting(one))): one.share.share or 0.0
-        for row, some in enumerate(of_family)
-        for one in some
+        (row, columns.index(_setting(cell.configuration)[1])): cell.share.share or 0.0
+        for row, some in enumerate(rows.values())
+        for cell in some
     }
-    rows = [short(attack.label) for attack in given]
     setting = family.replace("_", "-")
-    svg = heat_plot(f"attack by {setting}", rows, columns, cells, x_label=setting, darkest=1.0)
-    title = f"{BY_NAME[given[0].measure].title} under {setting}"
-    return Panel(title, "per cent of prompts, one decoding each", svg)
+    svg = heat_plot(
+        f"attack by {setting}", list(rows), columns, cells, x_label=setting, darkest=1.0
+    )
+    title = f"{BY_NAME[shown[0][1].measure].title} under {setting}"
+    return Panel(title, "per cent of answers to harmful prompts", svg)
 
 
-def _setting(one: AttackConfiguration) -> str:
-    return one.value or one.name
+def main_measure(attack: AttackResult) -> AttackMeasure:
+    """Return the measure that an attack is told by: compliance, where the judges tell of it."""
+    named = {measure.measure: measure for measure in attack.measures}
+    return named.get(COMPLIANCE.name) or attack.measures[0]
+
+
+def _row_name(attack: AttackResult, cell: AttackCell) -> str:
+    alone = len(attack.framings) == 1
+    return short(attack.label) if alone else f"{short(attack.label)}, {cell.framing}"
+
+
+def _setting(configuration: str) -> tuple[str, str]:
+    """Return the family and the value of a configuration such as "temperature 0.95"."""
+    family, _, value = configuration.partition(" ")
+    return family, value or family
 
 
 def worst_cases(comparison: Comparison) -> list[tuple[str, str, str, str]]:
-    """Return (arm, worst single configuration, share of it, any configuration) of each attack."""
+    """Return (model, worst single cell, share of it, share of any cell) of each attack."""
     rows = []
     for attack in comparison.attacks:
-        best = max(attack.configurations, key=lambda one: one.share.share or 0.0, default=None)
-        if best is None:
+        if not attack.measures:
             continue
-        any_of = percent(attack.worst.share) if attack.worst else "–"
-        rows.append((short(attack.label), best.name, percent(best.share.share), any_of))
+        measure = main_measure(attack)
+        worst = max(measure.cells, key=lambda cell: cell.share.share or 0.0)
+        name = worst.configuration
+        if len(attack.framings) > 1:
+            name = f"{worst.framing}, {name}"
+        any_of = percent(measure.worst_case.share)
+        rows.append((short(attack.label), name, percent(worst.share.share), any_of))
     return rows
 
 
@@ -153,5 +184,6 @@ def contamination(comparison: Comparison) -> str:
         return ""
     return (
         f"Of {found.calibration:,} calibration prompts, {found.exact:,} are evaluation prompts "
-        f"(of {found.evaluation:,}) and {found.near:,} nearly are; {found.dropped:,} were left out."
+        f"(of {found.evaluation:,}) and {found.near:,} nearly are ({found.measure} of "
+        f"{found.threshold:g} or more): they were left out."
     )

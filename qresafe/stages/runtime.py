@@ -195,7 +195,8 @@ def part_path(parts: UPath, index: int) -> UPath:
 
 def read_parts(parts: UPath, count: int) -> pa.Table:
     """Return the results of batches 0 to `count` - 1, joined."""
-    return pa.concat_tables([read_table(part_path(parts, index)) for index in range(count)])
+    tables = [read_table(part_path(parts, index)) for index in range(count)]
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def write_table(path: UPath, table: pa.Table) -> None:

@@ -17,8 +17,9 @@ from qresafe.progress import Silent
 from qresafe.stages.compare import compare, read_comparison
 from qresafe.stages.comparison import (
     Agreement,
-    Attack,
-    AttackConfiguration,
+    AttackCell,
+    AttackMeasure,
+    AttackResult,
     Comparison,
     Contamination,
     Share,
@@ -35,18 +36,24 @@ def share(yes: int, n: int) -> Share:
     return Share(yes=yes, n=n, share=yes / n, low=low, high=high)
 
 
-def attacked(label: str, most: int) -> Attack:
-    families = {"temperature": ("0.05", "0.5", "1.0"), "top_k": ("1", "50")}
-    return Attack(
+def attacked(label: str, most: int) -> AttackResult:
+    settings = {"temperature": ("0.05", "0.5", "1.0"), "top_k": ("1", "50")}
+    cells = [
+        AttackCell(
+            framing="plain", configuration=f"{family} {value}", share=share(most - place, 40)
+        )
+        for family, values in settings.items()
+        for place, value in enumerate(reversed(values))
+    ]
+    whole = {"worst_case": share(most, 40), "worst_case_by_framing": {}}
+    return AttackResult(
         label=label,
-        worst=share(most, 40),
-        configurations=[
-            AttackConfiguration(
-                name=f"{family} {value}", family=family, value=value, share=share(most - place, 40)
-            )
-            for family, values in families.items()
-            for place, value in enumerate(reversed(values))
-        ],
+        judges={"main": "refusal"},
+        prompts=40,
+        samples=1,
+        framings=["plain"],
+        configurations=[cell.configuration for cell in cells],
+        measures=[AttackMeasure(measure="compliance", cells=cells, **whole)],
     )
 
 
@@ -75,13 +82,21 @@ def test_attacks_judges_and_leaks_are_shown_where_they_are(given: tuple[Run, Rep
         given[1],
         attacks=[attacked("W", 9), attacked("Q0", 38)],
         agreement=[Agreement(first="keyword", second="refusal", n=40, observed=0.9, kappa=0.72)],
-        contamination=Contamination(calibration=1700, evaluation=1000, exact=0, near=3, dropped=3),
+        contamination=Contamination(
+            calibration=1700,
+            evaluation=1000,
+            exact=0,
+            near=3,
+            measure="likeness",
+            threshold=0.8,
+            highest_kept=0.5,
+        ),
     )
     assert "Under attack" in page
     assert "Compliance under temperature" in page or "compliance under temperature" in page
     assert "temperature 1.0</td><td>95.0" in page.replace("\n", "")
     assert "0.72" in page
-    assert "3 nearly are; 3 were left out" in page
+    assert "3 nearly are (likeness of 0.8 or more): they were left out" in page
 
 
 def test_a_heat_map_for_each_family(given: tuple[Run, ReportInput]) -> None:
