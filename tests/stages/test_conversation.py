@@ -15,6 +15,7 @@ from qresafe.progress import Silent
 from qresafe.records import COMPLETION, PROMPT, require_columns
 from qresafe.specs import GenerateSpec, ModelSpec
 from qresafe.stages.conversation import converse, messages
+from qresafe.stages.endpoint import parameters
 from qresafe.stages.engines import VllmJob
 from qresafe.stages.generate import generate, table_key
 from qresafe.stages.runtime import InProcessRuntime, Row, read_table
@@ -118,3 +119,18 @@ def test_vllm_refuses_follow_ups() -> None:
     job = VllmJob(None, GenerateSpec())  # type: ignore[arg-type]
     with pytest.raises(DataError, match="one turn"):
         job.requests(prompts(["a", "b"]).to_pylist())
+
+
+def test_an_endpoint_is_sent_the_whole_chat() -> None:
+    spec = GenerateSpec(
+        engine="openai", endpoint="http://localhost/v1", endpoint_model="m", system_prompt="be kind"
+    )
+    row = {"prompt_id": "p", "sample": 0, "prompt": "a", "follow_ups": ["b"]}
+    first = parameters(row, spec)["messages"]
+    chat = messages(row, {"completion": "A", "follow_up_answers": []}, spec.system_prompt)
+    assert first == [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a"}]
+    assert parameters(row | {"messages": chat}, spec)["messages"] == [
+        *first,
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "b"},
+    ]
