@@ -14,7 +14,7 @@ from qresafe.errors import DataError, nearest
 
 Axis = Literal["harmful", "benign", "borderline"]
 Kind = Literal["harmful", "benign", "borderline", "recombined"]
-Outcome = Literal["refused", "complied", "incoherent", "undecided"]
+Outcome = Literal["refused", "partial", "complied", "incoherent", "undecided"]
 
 _TOKENS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float32())
