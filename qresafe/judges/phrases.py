@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -14,20 +14,9 @@ from qresafe.records import Axis, Outcome
 
 DEFAULT = "en"
 AXES: tuple[Axis, ...] = ("harmful", "borderline", "benign")
-_LOOK_AT = 60  # words; enough to tell a language
+_LOOK_AT = 40  # words; enough to tell a language
+_SURE = 3  # so many frequent words of the default language, and no other is tried
 _LIST = re.compile(r"\n\s*(?:\d+[.)]|[-*•])\s")
-
-# Scripts that tell a language by themselves, in this order: Japanese mixes kana with Chinese
-# characters, so kana come first.
-_SCRIPTS = (
-    ("ja", re.compile("[\u3040-\u30ff]")),
-    ("zh", re.compile("[\u4e00-\u9fff]")),
-    ("ko", re.compile("[\uac00-\ud7af]")),
-    ("ar", re.compile("[\u0600-\u06ff]")),
-    ("ru", re.compile("[\u0400-\u04ff]")),
-    ("hi", re.compile("[\u0900-\u097f]")),
-)
-
 
 class Rule(NamedTuple):
     """One kind of refusal; it holds where `pattern` is found and nothing below forbids it.
@@ -38,9 +27,10 @@ class Rule(NamedTuple):
         outcome: What it says: *refused*, or *partial*.
         hints: One of these strings occurs wherever the pattern matches: a quick first look.
         pattern: What is looked for in the opening (lower case, single spaces).
+        at_start: Whether the opening must begin with it.
         beside: If given, it must be in the opening too.
         unless: If given, it must not be there.
-        distinct: How many different matches are needed.
+        distinct: How many of the hints must occur.
         without_list: Whether a list anywhere in the answer speaks against it.
     """
 
@@ -49,6 +39,7 @@ class Rule(NamedTuple):
     outcome: Outcome
     hints: tuple[str, ...]
     pattern: re.Pattern[str]
+    at_start: bool
     beside: re.Pattern[str] | None
     unless: re.Pattern[str] | None
     distinct: int
@@ -61,19 +52,22 @@ class Rule(NamedTuple):
             opening: The start of the answer, in lower case.
             text: The whole answer.
         """
-        if not any(hint in opening for hint in self.hints):
+        if not self._hinted(opening):
             return None
-        match = self.pattern.search(opening)
-        if match is None or not self._enough(opening):
-            return None
-        if self.beside and not self.beside.search(opening):
+        match = self.pattern.match(opening) if self.at_start else self.pattern.search(opening)
+        if match is None or (self.beside and not self.beside.search(opening)):
             return None
         if self.unless and self.unless.search(opening):
             return None
         return None if self.without_list and has_list(text) else match
 
-    def _enough(self, opening: str) -> bool:
-        return self.distinct == 1 or len(set(self.pattern.findall(opening))) >= self.distinct
+    def _hinted(self, opening: str) -> bool:
+        if self.distinct > 1:
+            return sum(hint in opening for hint in self.hints) >= self.distinct
+        for hint in self.hints:  # noqa: SIM110 - `any` over a generator costs more than the looks
+            if hint in opening:
+                return True
+        return not self.hints
 
 
 class Phrases(NamedTuple):
@@ -81,7 +75,8 @@ class Phrases(NamedTuple):
 
     Attributes:
         language: Its ISO 639-1 code.
-        words: Frequent words by which a text in a shared script is told to be in it.
+        script: Characters that tell it; None for the Latin alphabet, which many languages share.
+        words: Frequent words by which a text in the Latin alphabet is told to be in it.
         rules: The rules by axis, in the order in which they are tried.
         delivery: Words that hand over what was asked for.
         eager: Words that agree to do so.
@@ -89,6 +84,7 @@ class Phrases(NamedTuple):
     """
 
     language: str
+    script: re.Pattern[str] | None
     words: frozenset[str]
     rules: Mapping[Axis, tuple[Rule, ...]]
     delivery: re.Pattern[str]
@@ -101,37 +97,46 @@ def has_list(text: str) -> bool:
     return _LIST.search(text) is not None
 
 
-def language_of(opening: str) -> str:
-    """Return the code of the language that `opening`, in lower case, is written in.
+def phrases_for(opening: str, words: Sequence[str]) -> Phrases:
+    """Return the phrases of the language that an answer is written in.
 
-    A script of its own decides; in the Latin alphabet the language with the most frequent words
-    does. What cannot be told is taken as English.
+    Args:
+        opening: Its start, in lower case.
+        words: The words of `opening`.
+
+    Returns:
+        Those of the script, where a language has one of its own; in the Latin alphabet those of
+        the language with the most frequent words. What cannot be told is taken as English.
     """
     if not opening.isascii():
-        for code, script in _SCRIPTS:
-            if len(script.findall(opening)) > 0.2 * len(opening):
-                return code
-    words = set(opening.split()[:_LOOK_AT])
-    known = latin()
-    best = max(known, key=lambda code: len(words & known[code].words))
-    return best if words & known[best].words else DEFAULT
+        for phrases in _by_script():
+            if len(phrases.script.findall(opening)) > 0.2 * len(opening):
+                return phrases
+    first = words[:_LOOK_AT]
+    english = _by_words()[0]
+    if len(english.words.intersection(first)) >= _SURE:
+        return english
+    return max(_by_words(), key=lambda phrases: len(phrases.words.intersection(first)))
 
 
 @cache
-def all_phrases() -> dict[str, Phrases]:
+def all_phrases() -> list[Phrases]:
     """Return the phrases of every language that has a file, English first."""
     folder = resources.files("qresafe.judges") / "phrases"
     files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
     found = [_read(yaml.safe_load(file.read_text("utf-8"))) for file in files]
-    found.sort(key=lambda phrases: (phrases.language != DEFAULT, phrases.language))
-    return {phrases.language: phrases for phrases in found}
+    return sorted(found, key=lambda phrases: (phrases.language != DEFAULT, phrases.language))
 
 
 @cache
-def latin() -> dict[str, Phrases]:
-    """Return the languages that share the Latin alphabet."""
-    scripts = {code for code, _ in _SCRIPTS}
-    return {code: phrases for code, phrases in all_phrases().items() if code not in scripts}
+def _by_script() -> list[Phrases]:
+    # Japanese mixes kana with Chinese characters, and so is asked before Chinese.
+    return sorted((p for p in all_phrases() if p.script), key=lambda p: p.language)
+
+
+@cache
+def _by_words() -> list[Phrases]:
+    return [phrases for phrases in all_phrases() if not phrases.script]
 
 
 def _read(data: Mapping[str, Any]) -> Phrases:
@@ -139,6 +144,7 @@ def _read(data: Mapping[str, Any]) -> Phrases:
     rules = [_rule(entry, fragments) for entry in data["rules"]]
     return Phrases(
         data["language"],
+        re.compile(data["script"]) if "script" in data else None,
         frozenset(data.get("words", ())),
         {axis: tuple(rule for rule in rules if axis in rule.axes) for axis in AXES},
         _pattern([data["delivery"]], fragments),
@@ -152,8 +158,9 @@ def _rule(data: Mapping[str, Any], fragments: Mapping[str, str]) -> Rule:
         data["name"],
         tuple(data.get("axes", AXES)),
         data.get("outcome", "refused"),
-        tuple(data.get("hints", ("",))),
+        tuple(data.get("hints", ())),
         _pattern(data["any"], fragments),
+        data.get("at_start", False),
         _pattern(data["beside"], fragments) if "beside" in data else None,
         _pattern(data["unless"], fragments) if "unless" in data else None,
         data.get("distinct", 1),

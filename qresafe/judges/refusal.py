@@ -12,7 +12,7 @@ import re
 
 from qresafe.judges.base import Verdict, straighten
 from qresafe.judges.coherence import incoherence
-from qresafe.judges.phrases import Phrases, Rule, all_phrases, has_list, language_of
+from qresafe.judges.phrases import Phrases, Rule, has_list, phrases_for
 from qresafe.records import Axis
 
 OPENING = 400  # characters
@@ -37,8 +37,9 @@ def judge(axis: Axis, prompt: str, completion: str) -> Verdict:
     if sign := incoherence(completion):
         return Verdict("incoherent", sign)
     text = straighten(completion).strip()
-    opening = " ".join(text[:OPENING].replace("*", "").lower().split())
-    phrases = all_phrases()[language_of(opening)]
+    words = text[:OPENING].replace("*", "").lower().split()
+    opening = " ".join(words)
+    phrases = phrases_for(opening, words)
     for rule in phrases.rules[axis]:
         if found := rule.found(opening, text):
             return _refused(phrases, rule, found, text)
