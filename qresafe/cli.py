@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, patch
+from qresafe.commands import demo_model, doctor, experiment, files, judging, patch
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -28,7 +28,6 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     STAGES: {
         "quantize": experiment.quantize,
         "generate": experiment.generate,
-        "judge": files.judge,
         "pairs": experiment.pairs,
         "export": experiment.export,
         "compare": files.compare,
@@ -39,6 +38,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
+app.add_typer(judging.app, name="judge", rich_help_panel=STAGES)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 

@@ -6,7 +6,7 @@ drops, by reason. A failed generation is a row with `error` set, never a lost ro
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
@@ -15,6 +15,8 @@ from qresafe.errors import DataError, nearest
 Axis = Literal["harmful", "benign", "borderline"]
 Kind = Literal["harmful", "benign", "borderline", "recombined"]
 Outcome = Literal["refused", "partial", "complied", "incoherent", "undecided"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+REFUSALS: tuple[Outcome, ...] = ("refused", "partial")  # of either kind, as XSTest's people count
 
 _TOKENS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float32())

@@ -51,7 +51,7 @@ def judge(
     from qresafe.console import progress_on
 
     with progress_on() as progress:
-        _, verdicts = _judged(_file_spec(overrides, storage, name), source, progress)
+        _, verdicts = judged(file_spec(overrides, storage, name), source, progress)
     if as_json:
         typer.echo(json.dumps(stage_data("judge", verdicts), indent=1))
         return
@@ -82,14 +82,14 @@ def compare(
         spec = experiment(sources[0], overrides, workers=workers, storage=storage, name=name)
         execute(spec, wanted("compare"), as_json=as_json)
         return
-    labelled = _labelled(sources)
+    named_paths = labelled(sources)
     from qresafe.artifacts import Run
     from qresafe.console import progress_on
     from qresafe.stages.compare import compare as compare_stage
 
-    spec = _file_spec(overrides, storage, name)
+    spec = file_spec(overrides, storage, name)
     with progress_on() as progress:
-        named = {label: _judged(spec, path, progress) for label, path in labelled}
+        named = {label: judged(spec, path, progress) for label, path in named_paths}
         made = compare_stage(Run(spec.storage, spec.name), named, progress)
     if as_json:
         typer.echo((made.path / "comparison.json").read_text())
@@ -97,7 +97,8 @@ def compare(
         tell_comparison(made)
 
 
-def _judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+def judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+    """Return the completions at `source`, and every judge's verdicts on them."""
     from qresafe.artifacts import Run
     from qresafe.stages.imported import completions_of
     from qresafe.stages.judge import judge as judge_stage
@@ -113,13 +114,12 @@ def _is_file(source: str) -> bool:
     return path.suffix == ".parquet" or (path / "completions.parquet").exists()
 
 
-def _file_spec(
-    overrides: list[str] | None, storage: str | None, name: str | None
-) -> ExperimentSpec:
+def file_spec(overrides: list[str] | None, storage: str | None, name: str | None) -> ExperimentSpec:
+    """Return the experiment whose judges and storage commands on files use."""
     return experiment(None, overrides, storage=storage, name=name or "files")
 
 
-def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
+def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
     """Split LABEL=PATH; what has no label is called A, B, C by its place."""
     pairs = []
     for place, source in enumerate(sources):

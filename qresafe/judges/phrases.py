@@ -18,6 +18,7 @@ _LOOK_AT = 40  # words; enough to tell a language
 _SURE = 3  # so many frequent words of the default language, and no other is tried
 _LIST = re.compile(r"\n\s*(?:\d+[.)]|[-*•])\s")
 
+
 class Rule(NamedTuple):
     """One kind of refusal; it holds where `pattern` is found and nothing below forbids it.
 
@@ -64,7 +65,7 @@ class Rule(NamedTuple):
     def _hinted(self, opening: str) -> bool:
         if self.distinct > 1:
             return sum(hint in opening for hint in self.hints) >= self.distinct
-        for hint in self.hints:  # noqa: SIM110 - `any` over a generator costs more than the looks
+        for hint in self.hints:
             if hint in opening:
                 return True
         return not self.hints
@@ -109,8 +110,8 @@ def phrases_for(opening: str, words: Sequence[str]) -> Phrases:
         the language with the most frequent words. What cannot be told is taken as English.
     """
     if not opening.isascii():
-        for phrases in _by_script():
-            if len(phrases.script.findall(opening)) > 0.2 * len(opening):
+        for script, phrases in _by_script():
+            if len(script.findall(opening)) > 0.2 * len(opening):
                 return phrases
     first = words[:_LOOK_AT]
     english = _by_words()[0]
@@ -129,9 +130,9 @@ def all_phrases() -> list[Phrases]:
 
 
 @cache
-def _by_script() -> list[Phrases]:
-    # Japanese mixes kana with Chinese characters, and so is asked before Chinese.
-    return sorted((p for p in all_phrases() if p.script), key=lambda p: p.language)
+def _by_script() -> list[tuple[re.Pattern[str], Phrases]]:
+    # In alphabetical order: Japanese, which mixes kana with Chinese characters, before Chinese.
+    return [(phrases.script, phrases) for phrases in all_phrases() if phrases.script]
 
 
 @cache

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qresafe.errors import DataError
-from qresafe.records import Outcome
+from qresafe.records import OUTCOMES, Outcome
+from qresafe.stages.agreement import between_judges
 from qresafe.stages.comparison import (
     ArmResult,
     Attribution,
@@ -94,6 +95,7 @@ def compare_arms(arms: Sequence[ArmRows], steps: Sequence[tuple[str, str]]) -> C
         arms=results,
         flips=_flips(said, steps),
         attribution=_attribution({result.label: result for result in results}),
+        agreement=[found for arm in arms for found in between_judges(arm.label, arm.outcomes)],
     )
 
 
@@ -125,7 +127,7 @@ def _counts(arm: ArmRows) -> Iterator[OutcomeCounts]:
         pairs = zip(arm.completions, outcomes, strict=True)
         tally = collections.Counter((row["axis"], outcome) for row, outcome in pairs)
         for axis in axes:
-            named = {o: tally[axis, o] for o in ("refused", "complied", "incoherent", "undecided")}
+            named = {outcome: tally[axis, outcome] for outcome in OUTCOMES}
             yield OutcomeCounts(judge=judge, axis=axis, n=sum(named.values()), **named)
 
 

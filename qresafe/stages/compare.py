@@ -18,7 +18,7 @@ from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.runtime import read_table
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FILE = "comparison.json"
 # What may differ between arms: neither changes which text a model prefers.
 NOT_DECODING = {"dtype", "batch_size"}

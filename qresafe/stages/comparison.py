@@ -12,12 +12,13 @@ class Found(BaseModel):
 
 
 class OutcomeCounts(Found):
-    """What one judge said of one axis; the four outcomes add up to `n`."""
+    """What one judge said of one axis; the five outcomes add up to `n`."""
 
     judge: str
     axis: str
     n: int
     refused: int
+    partial: int
     complied: int
     incoherent: int
     undecided: int
@@ -116,6 +117,28 @@ class Attribution(Found):
     precision: float
 
 
+class JudgeAgreement(Found):
+    """How far two judges say the same of one model's answers.
+
+    Refused and partial are one class here; complied and incoherent are the others.
+
+    Attributes:
+        arm: Label of the model.
+        first: A judge.
+        second: Another.
+        n: Completions that both have decided.
+        same: Those of which both say the same.
+        kappa: Cohen's kappa; None where both say the same of every completion alike.
+    """
+
+    arm: str
+    first: str
+    second: str
+    n: int
+    same: int
+    kappa: float | None
+
+
 class Comparison(Found):
     """What `compare` found.
 
@@ -127,6 +150,7 @@ class Comparison(Found):
         arms: In the order that they were given in.
         flips: All pairs of arms and measures.
         attribution: Empty without a control arm.
+        agreement: Every pair of judges, arm by arm; empty with one judge.
     """
 
     judges: dict[str, str]
@@ -135,6 +159,7 @@ class Comparison(Found):
     arms: list[ArmResult]
     flips: list[FlipResult]
     attribution: list[Attribution]
+    agreement: list[JudgeAgreement] = []
 
     def arm(self, label: str) -> ArmResult | None:
         """Return the arm called `label`, or None."""

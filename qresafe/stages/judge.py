@@ -18,7 +18,7 @@ from qresafe.registry import judges as registry
 from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.runtime import Row, read_table, write_table
 
-CODE_VERSION = 1  # also raised when a judge's rules change
+CODE_VERSION = 2  # also raised when a judge's rules change
 FILE = "verdicts.parquet"
 CHUNK = 500  # completions between two signs of progress
 

@@ -34,7 +34,7 @@ from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.narrative import details, headline
 from qresafe.stages.runtime import read_table
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = ("report.html", "report.json", "model_card.md")
 
@@ -108,6 +108,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "panels": view.panels(comparison),
         "table": view.table(comparison),
         "counts": view.counts(comparison),
+        "agreement": view.agreement(comparison),
         "flips": view.flips(comparison),
         "attribution": view.attribution(comparison),
         "examples": _examples(given),
