@@ -26,7 +26,29 @@ RARE = 8  # a feature of fewer training answers is dropped
 RIDGE = 5.0
 _TOKEN = re.compile(r"[a-z']+|[.!?:]")
 _COMMON = frozenset(
-    "i you a an the is are to of in it not can my do be and or for how what".split()
+    [
+        "i",
+        "you",
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "to",
+        "of",
+        "in",
+        "it",
+        "not",
+        "can",
+        "my",
+        "do",
+        "be",
+        "and",
+        "or",
+        "for",
+        "how",
+        "what",
+    ]
 )
 
 
