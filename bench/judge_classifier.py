@@ -1,4 +1,4 @@
-"""Would a small classifier judge better than rules? Trained on two of XSTest's files, scored on one.
+"""Would a small classifier judge better than rules? Trained on two XSTest files, scored on one.
 
     python -m bench.judge_classifier    # prints the table that docs/judges.md speaks of; a minute
 
@@ -25,31 +25,8 @@ FOLDS = 5
 RARE = 8  # a feature of fewer training answers is dropped
 RIDGE = 5.0
 _TOKEN = re.compile(r"[a-z']+|[.!?:]")
-_COMMON = frozenset(
-    [
-        "i",
-        "you",
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "to",
-        "of",
-        "in",
-        "it",
-        "not",
-        "can",
-        "my",
-        "do",
-        "be",
-        "and",
-        "or",
-        "for",
-        "how",
-        "what",
-    ]
-)
+_COMMON = {"i", "you", "a", "an", "the", "is", "are", "to", "of", "in", "it", "not", "can", "my"}
+_COMMON |= {"do", "be", "and", "or", "for", "how", "what"}
 
 
 def features(answer: Answer) -> set[str]:
