@@ -105,15 +105,31 @@ def ingest(
 
 
 def _expanded(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (label, path), with a run's folder as its finished `generate` stages."""
+    """Yield (label, path), with a run's folder as the completions that were judged in it."""
     for label, path in files.labelled(sources):
-        stages = sorted(Path(path).glob("generate/*/DONE"))
-        if (Path(path) / "generate").is_dir() and not stages:
-            raise DataError("no finished completions", where=path, remedy="run the experiment")
-        for done in stages:
-            yield f"{label}.{done.parent.name[:8]}", str(done.parent)
-        if not stages:
+        if not (Path(path) / "generate").is_dir():
             yield label, path
+            continue
+        for stage in _judged_in(Path(path)):
+            yield f"{label}.{stage.name[:8]}", str(stage)
+
+
+def _judged_in(run: Path) -> list[Path]:
+    """Return the folders of a run's judged completions; its calibration pool is not among them.
+
+    Raises:
+        DataError: Nothing is judged yet.
+    """
+    from upath import UPath
+
+    from qresafe.artifacts import read_manifest
+
+    done = [mark.parent for mark in run.glob("judge/*/DONE")]
+    keys = {read_manifest(UPath(folder)).inputs["completions"] for folder in done}
+    found = [run / "generate" / key for key in sorted(keys) if (run / "generate" / key).is_dir()]
+    if not found:
+        raise DataError("no judged completions", where=str(run), remedy="judge the run first")
+    return found
 
 
 def _tell(result: SheetResult) -> None:

@@ -87,10 +87,14 @@ class Phrases(NamedTuple):
     language: str
     script: re.Pattern[str] | None
     words: frozenset[str]
-    rules: Mapping[Axis, tuple[Rule, ...]]
+    rules: Mapping[str, tuple[Rule, ...]]
     delivery: re.Pattern[str]
     eager: re.Pattern[str]
     apology: re.Pattern[str]
+
+    def rules_for(self, axis: str) -> tuple[Rule, ...]:
+        """Return the rules of an axis; of an unknown one, those that hold for every axis."""
+        return self.rules.get(axis, self.rules["benign"])
 
 
 def has_list(text: str) -> bool:

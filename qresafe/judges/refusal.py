@@ -40,7 +40,7 @@ def judge(axis: Axis, prompt: str, completion: str) -> Verdict:
     text = straighten(completion).strip()
     opening, words = opening_of(text)
     phrases = phrases_for(opening, words)
-    decisive = decide(phrases.rules[axis], opening, text)
+    decisive = decide(phrases.rules_for(axis), opening, text)
     if decisive is not None:
         return _refused(phrases, *decisive, text)
     if len(opening) < _SHORT and phrases.apology.search(opening):

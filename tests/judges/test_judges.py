@@ -94,7 +94,7 @@ def test_each_sign_of_incoherence(text: str, sign: str) -> None:
     assert incoherence(text) == sign
 
 
-@given(st.text(max_size=600), st.sampled_from(["harmful", "benign", "borderline"]))
+@given(st.text(max_size=600), st.sampled_from(["harmful", "benign", "borderline", "recombined"]))
 def test_judges_never_raise(text: str, axis: str) -> None:
     for name in judges.names:
         verdict = judges.get(name)(axis, text, text)
