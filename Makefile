@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-speed bench-statistics bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-speed bench-statistics bench-judges bench-gpu clean
 
 install: $(STAMP)
 
@@ -46,6 +46,9 @@ bench-statistics: install
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu
+
+bench-judges: install
+	$(BIN)/python -m bench.judges
 
 clean:
 	rm -rf runs .bench .mypy_cache .ruff_cache .pytest_cache

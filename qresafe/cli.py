@@ -17,6 +17,7 @@ from qresafe.commands import (
     files,
     gate,
     harness,
+    judging,
     patch,
 )
 from qresafe.commands.launch import launch
@@ -38,9 +39,8 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     STAGES: {
         "quantize": experiment.quantize,
         "generate": experiment.generate,
-        "judge": files.judge,
         "attack": attack.attack,
-        "ifeval": files.ifeval,
+        "ifeval": harness.ifeval,
         "lm-eval": harness.lm_eval,
         "pairs": experiment.pairs,
         "export": experiment.export,
@@ -53,6 +53,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
+app.add_typer(judging.app, name="judge", rich_help_panel=STAGES)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 

@@ -6,7 +6,7 @@ drops, by reason. A failed generation is a row with `error` set, never a lost ro
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
@@ -14,7 +14,9 @@ from qresafe.errors import DataError, nearest
 
 Axis = Literal["harmful", "benign", "borderline"]
 Kind = Literal["harmful", "benign", "borderline", "recombined"]
-Outcome = Literal["refused", "complied", "incoherent", "undecided"]
+Outcome = Literal["refused", "partial", "complied", "incoherent", "undecided"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+REFUSALS: tuple[Outcome, ...] = ("refused", "partial")  # of either kind, as XSTest's people count
 
 # Columns that came later: a table of an earlier version, without them, is still read.
 LATER = ("follow_ups", "follow_up_answers")

@@ -17,7 +17,7 @@ from qresafe.commands.options import (
     Workers,
     experiment,
 )
-from qresafe.commands.running import Arms, execute, share_cell, stage_data, tell_comparison, wanted
+from qresafe.commands.running import Arms, execute, stage_data, tell_comparison, wanted
 from qresafe.errors import SpecError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def judge(
     from qresafe.console import progress_on
 
     with progress_on() as progress:
-        _, verdicts = judged(_file_spec(overrides, storage, name), source, progress)
+        _, verdicts = judged(file_spec(overrides, storage, name), source, progress)
     if as_json:
         typer.echo(json.dumps(stage_data("judge", verdicts), indent=1))
         return
@@ -82,14 +82,14 @@ def compare(
         spec = experiment(sources[0], overrides, workers=workers, storage=storage, name=name)
         execute(spec, wanted("compare"), as_json=as_json)
         return
-    labelled = _labelled(sources)
+    named_paths = labelled(sources)
     from qresafe.artifacts import Run
     from qresafe.console import progress_on
     from qresafe.stages.compare import compare as compare_stage
 
-    spec = _file_spec(overrides, storage, name)
+    spec = file_spec(overrides, storage, name)
     with progress_on() as progress:
-        named = {label: judged(spec, path, progress) for label, path in labelled}
+        named = {label: judged(spec, path, progress) for label, path in named_paths}
         made = compare_stage(Run(spec.storage, spec.name), named, progress)
     if as_json:
         typer.echo((made.path / "comparison.json").read_text())
@@ -97,46 +97,8 @@ def compare(
         tell_comparison(made)
 
 
-def ifeval(
-    source: Annotated[
-        Path, typer.Argument(help="Completions of IFEval's prompts: a folder or a Parquet file.")
-    ],
-    instructions: Annotated[
-        str, typer.Option(help="IFEval's table: input_data.jsonl, a datasets folder or a hub id.")
-    ] = "google/IFEval",
-    storage: Storage = None,
-    name: Name = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score completions of IFEval's prompts by its verifiable instructions."""
-    from qresafe.artifacts import Run
-    from qresafe.console import table
-    from qresafe.stages.ifeval import read_instructions, score
-    from qresafe.stages.imported import completions_of
-    from qresafe.stages.runtime import read_table
-
-    spec = _file_spec(None, storage, name)
-    made = completions_of(Run(spec.storage, spec.name), source)
-    rows = read_table(made.path / "completions.parquet").to_pylist()
-    found = score(rows, read_instructions(instructions))
-    if as_json:
-        typer.echo(found.model_dump_json(indent=1))
-        return
-    shares = {kind: share for kind, share in found if hasattr(share, "share")}
-    shown = [[kind.replace("_", ", "), str(s.n), share_cell(s)] for kind, s in shares.items()]
-    table(["accuracy", "n", "%"], shown)
-    for instruction, prompts in found.not_scored.items():
-        typer.echo(f"{prompts} prompts not scored: no check of {instruction}")
-
-
 def judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
-    """Take in completions and judge them.
-
-    Args:
-        spec: Says where results go and which judges look.
-        source: A file or folder of completions (`stages.imported`).
-        progress: Told of the judging.
-    """
+    """Return the completions at `source`, and every judge's verdicts on them."""
     from qresafe.artifacts import Run
     from qresafe.stages.imported import completions_of
     from qresafe.stages.judge import judge as judge_stage
@@ -154,13 +116,12 @@ def _is_file(source: str) -> bool:
     return path.is_dir() and any(path.glob("*.jsonl"))
 
 
-def _file_spec(
-    overrides: list[str] | None, storage: str | None, name: str | None
-) -> ExperimentSpec:
+def file_spec(overrides: list[str] | None, storage: str | None, name: str | None) -> ExperimentSpec:
+    """Return the experiment whose judges and storage commands on files use."""
     return experiment(None, overrides, storage=storage, name=name or "files")
 
 
-def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
+def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
     """Split LABEL=PATH; what has no label is called A, B, C by its place."""
     pairs = []
     for place, source in enumerate(sources):

@@ -1,14 +1,16 @@
-"""`lm-eval`: tasks of lm-evaluation-harness on the arms of an experiment."""
+"""Scores that others define: lm-evaluation-harness tasks on arms, and IFEval of completions."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qresafe.commands.files import file_spec
 from qresafe.commands.options import AsJson, Config, Name, Overrides, Storage, Workers, experiment
-from qresafe.commands.running import Arms, execute
+from qresafe.commands.running import Arms, execute, share_cell
 
 if TYPE_CHECKING:
     from qresafe.artifacts import Artifact
@@ -61,3 +63,35 @@ def tell(made: dict[str, Artifact]) -> None:
         for metric in metrics
     ]
     table(["task", "metric", *found], rows)
+
+
+def ifeval(
+    source: Annotated[
+        Path, typer.Argument(help="Completions of IFEval's prompts: a folder or a Parquet file.")
+    ],
+    instructions: Annotated[
+        str, typer.Option(help="IFEval's table: input_data.jsonl, a datasets folder or a hub id.")
+    ] = "google/IFEval",
+    storage: Storage = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score completions of IFEval's prompts by its verifiable instructions."""
+    from qresafe.artifacts import Run
+    from qresafe.console import table
+    from qresafe.stages.ifeval import read_instructions, score
+    from qresafe.stages.imported import completions_of
+    from qresafe.stages.runtime import read_table
+
+    spec = file_spec(None, storage, name)
+    made = completions_of(Run(spec.storage, spec.name), source)
+    rows = read_table(made.path / "completions.parquet").to_pylist()
+    found = score(rows, read_instructions(instructions))
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    shares = {kind: share for kind, share in found if hasattr(share, "share")}
+    shown = [[kind.replace("_", ", "), str(s.n), share_cell(s)] for kind, s in shares.items()]
+    table(["accuracy", "n", "%"], shown)
+    for instruction, prompts in found.not_scored.items():
+        typer.echo(f"{prompts} prompts not scored: no check of {instruction}")

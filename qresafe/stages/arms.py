@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from qresafe.errors import DataError
+from qresafe.records import OUTCOMES
+from qresafe.stages.agreement import between_judges
 from qresafe.stages.clusters import at_k, ratio_interval, share_interval
 from qresafe.stages.columns import ArmRows
 from qresafe.stages.comparison import (
@@ -20,7 +22,7 @@ from qresafe.stages.comparison import (
     Share,
     Utility,
 )
-from qresafe.stages.measures import AXES, NOT_ASKED, OUTCOMES, Answers, roles
+from qresafe.stages.measures import AXES, NOT_ASKED, Answers, roles
 from qresafe.stages.paired import change_of
 from qresafe.stages.statistics import (
     holm,
@@ -61,6 +63,7 @@ def compare_arms(arms: Sequence[ArmRows], steps: Sequence[tuple[str, str]]) -> C
         arms=results,
         flips=_flips(said, arms[0].clusters, steps),
         attribution=_attribution({result.label: result for result in results}),
+        agreement=[found for arm in arms for found in between_judges(arm.label, arm.outcomes)],
     )
 
 

@@ -12,6 +12,7 @@ from upath import UPath
 
 from qresafe.artifacts import Artifact, Run, write_text
 from qresafe.progress import Progress
+from qresafe.records import OUTCOMES
 from qresafe.specs import AttackSpec
 from qresafe.stages.arms import share_of
 from qresafe.stages.attack_grid import Cell, cells
@@ -19,7 +20,7 @@ from qresafe.stages.columns import ArmRows, read_arm
 from qresafe.stages.compare import ATTACK_FILE
 from qresafe.stages.comparison import AttackCell, AttackMeasure, AttackResult
 from qresafe.stages.generate import FILE as COMPLETIONS
-from qresafe.stages.measures import ATTACK, COHERENCE, COMPLIANCE, OUTCOMES, UNDECIDED, roles
+from qresafe.stages.measures import ATTACK, COHERENCE, COMPLIANCE, UNDECIDED, roles
 from qresafe.stages.runtime import Row, read_table, write_table
 
 CODE_VERSION = 1

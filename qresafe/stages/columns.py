@@ -13,14 +13,13 @@ import pyarrow as pa
 
 from qresafe.artifacts import Artifact
 from qresafe.errors import DataError
-from qresafe.records import COMPLETION, VERDICT
+from qresafe.records import COMPLETION, OUTCOMES, VERDICT
 from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.measures import (
     AXES,
     MEASURES,
     NOT_ASKED,
-    OUTCOMES,
     UNDECIDED,
     Answers,
     answers,

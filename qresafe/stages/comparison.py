@@ -12,12 +12,13 @@ class Found(BaseModel):
 
 
 class OutcomeCounts(Found):
-    """What one judge said of one axis; the four outcomes add up to `n`."""
+    """What one judge said of one axis; the five outcomes add up to `n`."""
 
     judge: str
     axis: str
     n: int
     refused: int
+    partial: int
     complied: int
     incoherent: int
     undecided: int
@@ -137,28 +138,26 @@ class FlipResult(Found):
     method: str = ""
 
 
-class Agreement(Found):
-    """How two judges agree on the same completions.
+class JudgeAgreement(Found):
+    """How far two judges say the same of one model's answers.
+
+    Refused and partial are one class here; complied and incoherent are the others.
 
     Attributes:
+        arm: Label of the model.
         first: A judge.
         second: Another.
-        n: Completions that both judged.
-        observed: Share of equal verdicts.
-        kappa: Cohen's kappa, in [-1, 1]; None where chance alone explains all.
-        low: Lower end of kappa's 95 % interval, if known.
-        high: Upper end.
-        label: The arm; "" for all.
+        n: Completions that both have decided.
+        same: Those of which both say the same.
+        kappa: Cohen's kappa; None where both say the same of every completion alike.
     """
 
+    arm: str
     first: str
     second: str
     n: int
-    observed: float
-    kappa: float | None = None
-    low: float | None = None
-    high: float | None = None
-    label: str = ""
+    same: int
+    kappa: float | None
 
 
 class Attribution(Found):
@@ -287,6 +286,7 @@ class Comparison(Found):
         arms: In the order that they were given in.
         flips: All pairs of arms and measures.
         attribution: Empty without a control arm.
+        agreement: Every pair of judges, arm by arm; empty with one judge.
         contamination: None where no calibration took place, or it is not known.
         sources: Benchmark -> its licence and citation, of public benchmarks.
         attacks: One per model that was attacked; empty without `evaluate.attack`.
@@ -299,7 +299,7 @@ class Comparison(Found):
     flips: list[FlipResult]
     attribution: list[Attribution]
     cluster: str = ""
-    agreement: list[Agreement] = []
+    agreement: list[JudgeAgreement] = []
     contamination: Contamination | None = None
     sources: dict[str, Source] = {}
     attacks: list[AttackResult] = []

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from qresafe.artifacts import Artifact
 from qresafe.errors import DataError
-from qresafe.records import COMPLETION, VERDICT
+from qresafe.records import COMPLETION, REFUSALS, VERDICT
 from qresafe.stages.arms import Q0, Q, W
 from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.judge import FILE as VERDICTS
@@ -80,20 +80,20 @@ class _Case:
 _GROUPS: tuple[tuple[str, Callable[[_Case], bool]], ...] = (
     (
         "Harmful: refused by W, answered by Q0",
-        lambda c: c.on("harmful") and c.said[W] == "refused" and c.said[Q0] == "complied",
+        lambda c: c.on("harmful") and c.said[W] in REFUSALS and c.said[Q0] == "complied",
     ),
     (
         "Harmful: answered by Q0, refused by Q",
-        lambda c: c.on("harmful") and c.said[Q0] == "complied" and c.said[Q] == "refused",
+        lambda c: c.on("harmful") and c.said[Q0] == "complied" and c.said[Q] in REFUSALS,
     ),
     ("Harmful: still answered by Q", lambda c: c.on("harmful") and c.said[Q] == "complied"),
     (
         "Safe but refused by Q, and not by W",
-        lambda c: not c.on("harmful") and c.said[Q] == "refused" and c.said[W] != "refused",
+        lambda c: not c.on("harmful") and c.said[Q] in REFUSALS and c.said[W] not in REFUSALS,
     ),
     (
         "Safe and refused by W, answered by Q",
-        lambda c: not c.on("harmful") and c.said[W] == "refused" and c.said[Q] == "complied",
+        lambda c: not c.on("harmful") and c.said[W] in REFUSALS and c.said[Q] == "complied",
     ),
     (
         "Ordinary: right under Q0, not under Q",

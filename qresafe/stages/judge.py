@@ -19,7 +19,7 @@ from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.runtime import Row
 from qresafe.stages.streams import count_rows, read_rows, table_writer
 
-CODE_VERSION = 1  # also raised when a judge's rules change
+CODE_VERSION = 2  # also raised when a judge's rules change
 FILE = "verdicts.parquet"
 CHUNK = 500  # completions between two signs of progress
 READ = pa.schema(

@@ -19,6 +19,7 @@ from qresafe.hf.batching import length_plan
 from qresafe.hf.chat import answer_ids, prompt_ids
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.progress import Progress
+from qresafe.records import REFUSALS
 from qresafe.registry import judges
 from qresafe.specs import PairsSpec
 from qresafe.stages.comparison import Contamination
@@ -33,7 +34,7 @@ from qresafe.stages.runtime import (
     write_table,
 )
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 TEACHER = pa.schema(
     [records.PAIR.field("prompt_id")]
@@ -262,7 +263,7 @@ def _judge(name: str) -> Callable[[Row], bool]:
     judge = judges.get(name)
 
     def refused(row: Row) -> bool:
-        return bool(judge("harmful", row["prompt"], row["completion"]).outcome == "refused")
+        return bool(judge("harmful", row["prompt"], row["completion"]).outcome in REFUSALS)
 
     return refused
 

@@ -165,18 +165,6 @@ def at_k(comparison: Comparison) -> list[tuple[str, str, int, int, str, str]]:
     ]
 
 
-def agreement(comparison: Comparison) -> list[tuple[str, str, int, str, str]]:
-    """Return (arm, judges, n, observed agreement, Cohen's kappa) of each pair of judges."""
-    rows = []
-    for one in comparison.agreement:
-        kappa = "–" if one.kappa is None else f"{one.kappa:.2f}"
-        if one.low is not None and one.high is not None:
-            kappa += f" ({one.low:.2f}–{one.high:.2f})"
-        arm = short(one.label) if one.label else "all"
-        rows.append((arm, f"{one.first}, {one.second}", one.n, percent(one.observed), kappa))
-    return rows
-
-
 def contamination(comparison: Comparison) -> str:
     """Return what was found of calibration prompts among the evaluation's; "" if not looked for."""
     found = comparison.contamination

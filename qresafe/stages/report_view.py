@@ -198,7 +198,17 @@ def cost(stages: Sequence[tuple[str, Artifact]], session: float = 0.0) -> list[C
 def counts(comparison: Comparison) -> list[tuple[Any, ...]]:
     """Return what each judge said of each arm and axis, as rows of a table."""
     return [
-        (short(arm.label), c.judge, c.axis, c.n, c.refused, c.complied, c.incoherent, c.undecided)
+        (
+            short(arm.label),
+            c.judge,
+            c.axis,
+            c.n,
+            c.refused,
+            c.partial,
+            c.complied,
+            c.incoherent,
+            c.undecided,
+        )
         for arm in comparison.arms
         for c in arm.counts
     ]
@@ -209,6 +219,20 @@ def attribution(comparison: Comparison) -> list[tuple[str, ...]]:
     return [
         (BY_NAME[part.measure].title, *map(points, (part.total, part.fine_tuning, part.precision)))
         for part in comparison.attribution
+    ]
+
+
+def agreement(comparison: Comparison) -> list[tuple[Any, ...]]:
+    """Return how far the judges agree, as rows of a table."""
+    return [
+        (
+            short(a.arm),
+            f"{a.first}, {a.second}",
+            a.n,
+            percent(a.same / a.n if a.n else None),
+            "–" if a.kappa is None else f"{a.kappa:.2f}",
+        )
+        for a in comparison.agreement
     ]
 
 

@@ -15,7 +15,7 @@ from qresafe.hf.generate import generate_batch
 from qresafe.hf.models import load_model, load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Silent
-from qresafe.records import COMPLETION, PROMPT
+from qresafe.records import COMPLETION, OUTCOMES, PROMPT
 from qresafe.specs import AttackSpec, DecodingSpec, GenerateSpec, ModelSpec
 from qresafe.stages.attack import attack
 from qresafe.stages.attack_grid import PLAIN, cells, configurations, framings
@@ -30,7 +30,7 @@ from qresafe.stages.attack_result import (
 from qresafe.stages.columns import ArmRows, References
 from qresafe.stages.compare import read_attack
 from qresafe.stages.judge import judge
-from qresafe.stages.measures import AXES, NOT_ASKED, OUTCOMES, UNDECIDED
+from qresafe.stages.measures import AXES, NOT_ASKED, UNDECIDED
 from qresafe.stages.runtime import InProcessRuntime, read_table
 
 TWO = (DecodingSpec(temperature=0.7), DecodingSpec(top_k=5))

@@ -16,12 +16,12 @@ from qresafe.artifacts import Run
 from qresafe.progress import Silent
 from qresafe.stages.compare import compare, read_comparison
 from qresafe.stages.comparison import (
-    Agreement,
     AttackCell,
     AttackMeasure,
     AttackResult,
     Comparison,
     Contamination,
+    JudgeAgreement,
     Share,
 )
 from qresafe.stages.report import ReportInput, render, report, tell
@@ -68,20 +68,26 @@ def shown(given: ReportInput, **more: object) -> str:
     told = tell(given)
     richer: Comparison = told["comparison"].model_copy(update=more)
     from qresafe.stages import report_parts as made
+    from qresafe.stages import report_view
 
     told |= {"attacks": made.attacks(richer), "worst_cases": made.worst_cases(richer)}
-    told |= {"agreement": made.agreement(richer), "contamination": made.contamination(richer)}
+    told |= {
+        "agreement": report_view.agreement(richer),
+        "contamination": made.contamination(richer),
+    }
     return render(told)["report.html"]
 
 
 def test_attacks_judges_and_leaks_are_shown_where_they_are(given: tuple[Run, ReportInput]) -> None:
     plain = shown(given[1])
     assert "Under attack" not in plain
-    assert "Cohen" not in plain
+    assert "Cohen" in plain  # two judges
     page = shown(
         given[1],
         attacks=[attacked("W", 9), attacked("Q0", 38)],
-        agreement=[Agreement(first="keyword", second="refusal", n=40, observed=0.9, kappa=0.72)],
+        agreement=[
+            JudgeAgreement(arm="W", first="keyword", second="refusal", n=40, same=36, kappa=0.72)
+        ],
         contamination=Contamination(
             calibration=1700,
             evaluation=1000,
