@@ -24,7 +24,7 @@ from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.compare import compare
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
-from qresafe.stages.judge import judge
+from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
@@ -64,8 +64,8 @@ class Experiment:
             UserError: A name is unknown, a file malformed, or a model not usable.
         """
         quantizers.get(self.spec.quantize.method)
-        for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
-            judges.get(name)
+        judges.get(self.spec.pairs.judge)
+        check_judges(self.spec.evaluate.judges)
         asked, pool = check_prompts(self.prompts), check_prompts(self.calibration)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         if leaked := set(asked["prompt"].to_pylist()) & set(pool["prompt"].to_pylist()):
@@ -204,7 +204,8 @@ class Experiment:
     def verdicts(self, arm: str) -> Artifact:
         """Return all judges' verdicts on an arm's answers."""
         completions = self.completions(arm)
-        made = judge(self.run, completions, self.spec.evaluate.judges, self.progress, label=arm)
+        asked = self.spec.evaluate.judges
+        made = judge(self.run, completions, asked, self.progress, arm, self.runtime)
         return self._note(f"judge {arm}", made)
 
     @cached_property

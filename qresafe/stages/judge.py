@@ -11,12 +11,13 @@ from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError
+from qresafe.judge_specs import JudgeSpec, title_of
 from qresafe.judges.base import Judge, Verdict
 from qresafe.progress import Progress
 from qresafe.records import COMPLETION, VERDICT, require_columns
 from qresafe.registry import judges as registry
 from qresafe.stages.generate import FILE as COMPLETIONS
-from qresafe.stages.runtime import Row, read_table, write_table
+from qresafe.stages.runtime import InProcessRuntime, Row, Runtime, read_table, write_table
 
 CODE_VERSION = 1  # also raised when a judge's rules change
 FILE = "verdicts.parquet"
@@ -24,16 +25,23 @@ CHUNK = 500  # completions between two signs of progress
 
 
 def judge(
-    run: Run, completions: Artifact, judges: Sequence[str], progress: Progress, label: str = ""
+    run: Run,
+    completions: Artifact,
+    judges: Sequence[JudgeSpec],
+    progress: Progress,
+    label: str = "",
+    runtime: Runtime | None = None,
 ) -> Artifact:
     """Let every judge look at every completion.
 
     Args:
         run: Where the result goes.
         completions: A finished `generate` stage.
-        judges: Names of the registry, without repetition.
+        judges: Names of the registry and specs of model judges, without repetition. Each model
+            judge's answers are a stage of their own (`judge_model`).
         progress: Told of every chunk of completions.
         label: What the model is called in the display; not part of the key.
+        runtime: Where model judges run; None: in this process.
 
     Returns:
         The artefact with verdicts.parquet (`records.VERDICT`): for each judge in turn, one row per
@@ -43,26 +51,31 @@ def judge(
     Raises:
         SpecError: A judge is not registered.
         DataError: No judge is named, one twice, or the completions lack a column.
+        UserError: A judge's model or endpoint is not usable.
     """
-    named = {name: registry.get(name) for name in judges}
-    if not named or len(named) < len(judges):
-        raise DataError(f"judges {list(judges)} are none or repeat", remedy="name each judge once")
+    titles = [title_of(spec) for spec in judges]
+    if not titles or len(set(titles)) < len(titles):
+        raise DataError(f"judges {titles} are none or repeat", remedy="name each judge once")
+    rules = {name: registry.get(name) for name in judges if isinstance(name, str)}
+    asked = _ask_models(run, completions, judges, runtime or InProcessRuntime(), progress, label)
 
     def work(folder: UPath) -> Mapping[str, Any]:
         table = require_columns(read_table(completions.path / COMPLETIONS), COMPLETION, COMPLETIONS)
-        progress.start(f"judge {label}".strip(), table.num_rows * len(named), "verdicts")
-        rows = [
-            verdict
-            for name, function in named.items()
-            for verdict in _verdicts(name, function, table.to_pylist(), progress)
-        ]
+        progress.start(f"judge {label}".strip(), table.num_rows * len(titles), "verdicts")
+        rows: list[Row] = []
+        for title in titles:
+            if title in asked:
+                rows += _answered(title, asked[title][0], progress)
+            else:
+                rows += _verdicts(title, rules[title], table.to_pylist(), progress)
         write_table(folder / FILE, pa.Table.from_pylist(rows, schema=VERDICT))
         progress.finish()
         return count_outcomes(rows)
 
     made = run.stage(
         "judge",
-        spec={"judges": list(judges)},
+        # A model judge is named by what its answers depend on: other weights are another judge.
+        spec={"judges": [asked[t][1] | {"name": t} if t in asked else t for t in titles]},
         inputs={"completions": completions.key},
         code_version=CODE_VERSION,
         work=work,
@@ -71,6 +84,39 @@ def judge(
         progress.start(f"judge {label}".strip())
         progress.finish(reused=True)
     return made
+
+
+def check_judges(judges: Sequence[JudgeSpec]) -> None:
+    """Find a mistake in the judges before any work.
+
+    Raises:
+        SpecError: A judge is not registered.
+        UserError: A judge's model or endpoint is not usable.
+    """
+    for spec in judges:
+        if isinstance(spec, str):
+            registry.get(spec)
+        else:
+            from qresafe.stages.judge_model import model_judge
+
+            model_judge(spec)
+
+
+def _ask_models(
+    run: Run,
+    completions: Artifact,
+    judges: Sequence[JudgeSpec],
+    runtime: Runtime,
+    progress: Progress,
+    label: str,
+) -> dict[str, tuple[Artifact, dict[str, Any]]]:
+    """Return title -> (answers, the judge's identity) of every model judge."""
+    from qresafe.stages.judge_model import ask_judge
+
+    models = [spec for spec in judges if not isinstance(spec, str)]
+    return {
+        spec.title: ask_judge(run, completions, spec, runtime, progress, label) for spec in models
+    }
 
 
 def verdict_on(function: Judge, row: Row) -> Verdict:
@@ -87,6 +133,15 @@ def count_outcomes(verdicts: Iterable[Row]) -> dict[str, dict[str, dict[str, int
     for (name, axis, outcome), count in tally.items():
         counts.setdefault(name, {}).setdefault(axis, {})[outcome] = count
     return counts
+
+
+def _answered(title: str, answers: Artifact, progress: Progress) -> list[Row]:
+    from qresafe.stages.judge_model import FILE as ANSWERS
+
+    wanted = [name for name in VERDICT.names if name != "judge"]
+    rows = read_table(answers.path / ANSWERS).select(wanted).to_pylist()
+    progress.advance(len(rows))
+    return [row | {"judge": title} for row in rows]
 
 
 def _verdicts(name: str, function: Judge, rows: Sequence[Row], progress: Progress) -> list[Row]:

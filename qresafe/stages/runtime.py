@@ -66,9 +66,11 @@ class Runtime(Protocol):
 
     Attributes:
         startup_seconds: What it took to be ready: 0 in this process, else to reach a cluster.
+        workers: The most processes that compute batches at a time.
     """
 
     startup_seconds: float
+    workers: int
 
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
@@ -97,6 +99,7 @@ class InProcessRuntime:
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         self.device, self.threads = device, threads
         self.startup_seconds = 0.0
+        self.workers = 1
 
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress

@@ -1,0 +1,19 @@
+"""What every spec is made of: a closed, immutable model, and the ranges of its numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=0)]
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class Spec(BaseModel):
+    """Immutable, and closed: a key that is not declared is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
