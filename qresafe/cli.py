@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, patch
+from qresafe.commands import demo_model, doctor, experiment, files, judge_models, patch
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ for panel, commands in COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
+app.add_typer(judge_models.app, name="score", rich_help_panel=EXPERIMENTS)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 
 

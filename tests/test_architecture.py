@@ -43,6 +43,8 @@ OWNERS = {
     "compressed_tensors": {"hf"},
     "datasets": {"hf"},
     "llmcompressor": set(),
+    "openai": {"chat"},
+    "sklearn": {"judges"},
     "typer": {"cli", "commands", "ray_jobs"},
     "rich": {"console"},
 }
