@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
 
 from qresafe.records import Outcome
 from qresafe.spec_base import AtLeastOne, Count, Fraction, Positive, Spec, Weight
@@ -19,6 +20,9 @@ Template = Literal[
     "harmbench",
     "strongreject",
 ]
+
+
+SECRET: Literal["secret"] = "secret"  # the kind of an error whose value must not be shown
 
 
 class ClassifierSpec(Spec):
@@ -82,7 +86,8 @@ class EndpointSpec(Spec):
     @classmethod
     def _no_secret(cls, value: str) -> str:
         if "@" in value:
-            raise ValueError("put the key into OPENAI_API_KEY, not into the endpoint's URL")
+            what = "put the key into OPENAI_API_KEY, not into the endpoint's URL"
+            raise PydanticCustomError(SECRET, what)
         return value
 
 

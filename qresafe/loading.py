@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qresafe.errors import SpecError, nearest
-from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES
+from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES, SECRET
 from qresafe.registry import quantizers
 from qresafe.specs import Spec
 
@@ -112,7 +112,9 @@ def _set(data: dict[str, Any], override: str) -> None:
 def _explain(
     error: ValidationError, kind: type[BaseModel], where: str, overrides: Iterable[str]
 ) -> SpecError:
-    first = error.errors()[0]
+    found = error.errors()
+    # A misspelt key first: that it is also missing under its right name says less.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     location = [str(part) for part in first["loc"]]
     # pydantic puts a union's tag into the location; the user's key does not have it.
     tags = {*quantizers.names, *JUDGE_TAGS}
@@ -130,7 +132,8 @@ def _explain(
         remedy = nearest(tag, quantizers.names)
         return SpecError(f"unknown quantizer {tag!r}", where=where, remedy=remedy)
     value = first.get("input")
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    plain = isinstance(value, str | int | float | bool) and first["type"] != SECRET
+    shown = f" (got {value!r})" if plain else ""
     message = first["msg"].removeprefix("Value error, ")
     return SpecError(f"{key or 'spec'}: {message}{shown}", where=where)
 

@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fabricated import completed, row
 from servers import ChatServer, serving
+from typer.testing import CliRunner
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run, read_manifest
+from qresafe.cli import app
 from qresafe.errors import DataError, ModelError
 from qresafe.judge_specs import LlmSpec
 from qresafe.progress import Silent
@@ -215,3 +219,22 @@ def test_arms_that_other_judges_saw_are_not_compared(
     }
     with pytest.raises(DataError, match="judges"):
         compare(run, pairs, Silent())
+
+
+def test_the_command_judges_with_settings(
+    tmp_path: Path, server: tuple[str, ChatServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = server
+    pq.write_table(
+        pa.table({"prompt": ["How?", "Why?"], "completion": ["Sure.", "No."]}),
+        tmp_path / "ours.parquet",
+    )
+    judges = f"evaluate.judges=[keyword, {{judge: llm, model: toy, endpoint: '{url}'}}]"
+    words = ["judge", str(tmp_path / "ours.parquet"), "--set", judges, "--workers", "0"]
+    words += ["--storage", str(tmp_path)]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.output
+    assert "llm-harmfulness, harmful: 1 complied, 1 refused" in found.stdout
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    refused = CliRunner().invoke(app, [*words, "--name", "again"])
+    assert "the key is refused" in str(refused.exception)
