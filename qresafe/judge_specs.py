@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
-from qresafe.records import Outcome
-from qresafe.spec_base import AtLeastOne, Count, Fraction, Positive, Spec, Weight
+from qresafe.spec_base import AtLeastOne, Count, Fraction, Outcome, Positive, Spec, Weight
 
 Template = Literal[
     "labels",

@@ -11,10 +11,10 @@ from typing import Literal
 import pyarrow as pa
 
 from qresafe.errors import DataError, nearest
+from qresafe.spec_base import Outcome as Outcome
 
 Axis = Literal["harmful", "benign", "borderline"]
 Kind = Literal["harmful", "benign", "borderline", "recombined"]
-Outcome = Literal["refused", "complied", "incoherent", "undecided"]
 
 _TOKENS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float32())

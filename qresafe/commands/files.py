@@ -109,7 +109,7 @@ def _judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
     label = Path(source).name
     if all(isinstance(judge, str) for judge in judges):  # rules need no workers
         return completions, judge_stage(run, completions, judges, progress, label)
-    check_judges(judges)
+    check_judges(judges, run)
     with closing(started(spec, progress)) as runtime:
         return completions, judge_stage(run, completions, judges, progress, label, runtime)
 

@@ -65,7 +65,7 @@ class Experiment:
         """
         quantizers.get(self.spec.quantize.method)
         judges.get(self.spec.pairs.judge)
-        check_judges(self.spec.evaluate.judges)
+        check_judges(self.spec.evaluate.judges, self.run)
         asked, pool = check_prompts(self.prompts), check_prompts(self.calibration)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         if leaked := set(asked["prompt"].to_pylist()) & set(pool["prompt"].to_pylist()):

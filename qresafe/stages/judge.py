@@ -86,20 +86,25 @@ def judge(
     return made
 
 
-def check_judges(judges: Sequence[JudgeSpec]) -> None:
+def check_judges(judges: Sequence[JudgeSpec], run: Run | None = None) -> None:
     """Find a mistake in the judges before any work.
+
+    Args:
+        judges: Names and specs.
+        run: An endpoint that has judged in this run before is not asked if it is there: to look
+            at finished results takes no server.
 
     Raises:
         SpecError: A judge is not registered.
         UserError: A judge's model or endpoint is not usable.
     """
+    from qresafe.stages.judge_model import has_judged, model_judge
+
     for spec in judges:
         if isinstance(spec, str):
             registry.get(spec)
         else:
-            from qresafe.stages.judge_model import model_judge
-
-            model_judge(spec)
+            model_judge(spec, check=run is None or not has_judged(run, spec))
 
 
 def _ask_models(

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from qresafe.artifacts import Artifact, Run
+from qresafe.artifacts import Artifact, Run, read_manifest
 from qresafe.hf.batching import length_plan
 from qresafe.judge_specs import ClassifierSpec, EndpointSpec, ModelJudgeSpec
 from qresafe.judges.base import Verdict
@@ -26,6 +26,7 @@ from qresafe.stages.judge_llm import LlmJudge, endpoint_judge
 from qresafe.stages.runtime import Batch, Row, Runtime, read_parts, read_table, write_table
 
 CODE_VERSION = 1
+STAGE = "ask"
 FILE = "answers.parquet"
 # A verdict without its judge's name, which is the reader's choice, and what the model wrote.
 ANSWERED = pa.schema(
@@ -48,6 +49,15 @@ def model_judge(spec: ModelJudgeSpec, *, check: bool = True) -> ModelJudge:
     if isinstance(spec, ClassifierSpec):
         return local_judge(spec)
     return endpoint_judge(spec, check=check)
+
+
+def has_judged(run: Run, spec: ModelJudgeSpec) -> bool:
+    """Return whether an endpoint has finished judging something in this run."""
+    if isinstance(spec, ClassifierSpec):
+        return False
+    identity = model_judge(spec, check=False).identity
+    finished = (run.root / STAGE).glob("*/DONE")
+    return any(read_manifest(mark.parent).spec == identity for mark in finished)
 
 
 def ask_judge(
@@ -93,7 +103,7 @@ def ask_judge(
         return counts | {"outcomes": _outcomes(judged)}
 
     made = run.stage(
-        "ask",
+        STAGE,
         spec=judge.identity,
         inputs={"completions": completions.key},
         code_version=CODE_VERSION,

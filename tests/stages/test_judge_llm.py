@@ -184,8 +184,12 @@ def test_a_finished_stage_needs_no_server(
     url, _ = server
     judged(tmp_path, rows_of("No."), spec(url))
     monkeypatch.delenv("OPENAI_API_KEY")
+    check_judges([spec(url)], Run(str(tmp_path), "r"))
     made, _ = judged(tmp_path, rows_of("No."), spec(url))
     assert made.reused
+    for folder, chosen in (("r", spec(url, model="other")), ("new", spec(url))):
+        with pytest.raises(ModelError, match="no OPENAI_API_KEY"):
+            check_judges([chosen], Run(str(tmp_path), folder))
 
 
 def test_our_rubric_judges_all_axes_and_qis_the_harmful_one(
