@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -191,7 +192,7 @@ def write_bytes(path: UPath | Path, data: bytes) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    temporary = f"{path}.tmp-{os.getpid()}"
+    temporary = f"{path}.tmp-{os.getpid()}-{threading.get_ident()}"
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

@@ -17,6 +17,7 @@ from qresafe.commands import (
     files,
     gate,
     harness,
+    judge_models,
     judging,
     patch,
 )
@@ -55,6 +56,7 @@ for panel, commands in COMMANDS.items():
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(judging.app, name="judge", rich_help_panel=STAGES)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
+app.add_typer(judge_models.app, name="score", rich_help_panel=EXPERIMENTS)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 
 

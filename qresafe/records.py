@@ -11,10 +11,10 @@ from typing import Literal, get_args
 import pyarrow as pa
 
 from qresafe.errors import DataError, nearest
+from qresafe.spec_base import Outcome as Outcome
 
 Axis = Literal["harmful", "benign", "borderline"]
 Kind = Literal["harmful", "benign", "borderline", "recombined"]
-Outcome = Literal["refused", "partial", "complied", "incoherent", "undecided"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 REFUSALS: tuple[Outcome, ...] = ("refused", "partial")  # of either kind, as XSTest's people count
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Weight = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-
-
-class Spec(BaseModel):
-    """Immutable, and closed: a key that is not declared is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from qresafe.judge_specs import JudgeSpec
+from qresafe.spec_base import (
+    AtLeastOne,
+    Count,
+    Fraction,
+    Positive,
+    Weight,
+)
+from qresafe.spec_base import Spec as Spec
 
 
 class ModelSpec(Spec):
@@ -278,7 +276,7 @@ class EvaluateSpec(Spec):
         PromptSetSpec(axis="benign"),
         PromptSetSpec(axis="borderline"),
     )
-    judges: tuple[str, ...] = ("keyword", "refusal")
+    judges: tuple[JudgeSpec, ...] = ("keyword", "refusal")
     generate: GenerateSpec = GenerateSpec()
     adapter: bool = True  # also measure the unrounded adapter
     attack: AttackSpec | None = None  # also attack W, Q0 and Q, e.g. `--set evaluate.attack={}`

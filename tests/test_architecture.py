@@ -20,7 +20,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the bottom up: a unit may import itself, what stands below it, and its neighbours in a row
 # where the row says so. A unit is a package or a module of `qresafe`.
 LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "progress", "presets"}
-LEAVES |= {"storage", "jsonl", "qresafe"}
+LEAVES |= {"storage", "jsonl", "qresafe", "chat", "judge_specs", "spec_base"}
 ROWS: list[set[str]] = [
     LEAVES,
     {"core"},
@@ -44,6 +44,8 @@ OWNERS = {
     "datasets": {"hf"},
     "llmcompressor": set(),
     "lm_eval": {"hf"},
+    "openai": {"chat"},
+    "sklearn": {"judges"},
     "typer": {"cli", "commands", "ray_jobs"},
     "rich": {"console"},
 }

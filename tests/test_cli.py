@@ -30,6 +30,7 @@ COMMANDS = [
     *(["judge", "run"], ["judge", "sheet"], ["judge", "ingest"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
+    *(["score"], ["score", "mt-bench"], ["score", "alpaca-eval"]),
 ]
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "datasets", "pyarrow", "numpy", "scipy"]
 HEAVY += ["pandas", "matplotlib", "huggingface_hub"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from qresafe.commands.options import (
     Workers,
     experiment,
 )
-from qresafe.commands.running import Arms, execute, stage_data, tell_comparison, wanted
+from qresafe.commands.running import Arms, execute, stage_data, started, tell_comparison, wanted
 from qresafe.errors import SpecError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def judge(
     from qresafe.console import progress_on
 
     with progress_on() as progress:
-        _, verdicts = judged(file_spec(overrides, storage, name), source, progress)
+        _, verdicts = judged(file_spec(overrides, storage, name, workers), source, progress)
     if as_json:
         typer.echo(json.dumps(stage_data("judge", verdicts), indent=1))
         return
@@ -87,7 +88,7 @@ def compare(
     from qresafe.console import progress_on
     from qresafe.stages.compare import compare as compare_stage
 
-    spec = file_spec(overrides, storage, name)
+    spec = file_spec(overrides, storage, name, workers)
     with progress_on() as progress:
         named = {label: judged(spec, path, progress) for label, path in named_paths}
         made = compare_stage(Run(spec.storage, spec.name), named, progress)
@@ -101,12 +102,17 @@ def judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
     """Return the completions at `source`, and every judge's verdicts on them."""
     from qresafe.artifacts import Run
     from qresafe.stages.imported import completions_of
+    from qresafe.stages.judge import check_judges
     from qresafe.stages.judge import judge as judge_stage
 
-    run = Run(spec.storage, spec.name)
+    run, judges = Run(spec.storage, spec.name), spec.evaluate.judges
     completions = completions_of(run, Path(source))
     label = Path(source).name
-    return completions, judge_stage(run, completions, spec.evaluate.judges, progress, label)
+    if all(isinstance(judge, str) for judge in judges):  # rules need no workers
+        return completions, judge_stage(run, completions, judges, progress, label)
+    check_judges(judges, run)
+    with closing(started(spec, progress)) as runtime:
+        return completions, judge_stage(run, completions, judges, progress, label, runtime)
 
 
 def _is_file(source: str) -> bool:
@@ -116,9 +122,14 @@ def _is_file(source: str) -> bool:
     return path.is_dir() and any(path.glob("*.jsonl"))
 
 
-def file_spec(overrides: list[str] | None, storage: str | None, name: str | None) -> ExperimentSpec:
+def file_spec(
+    overrides: list[str] | None,
+    storage: str | None,
+    name: str | None,
+    workers: int | None = None,
+) -> ExperimentSpec:
     """Return the experiment whose judges and storage commands on files use."""
-    return experiment(None, overrides, storage=storage, name=name or "files")
+    return experiment(None, overrides, workers=workers, storage=storage, name=name or "files")
 
 
 def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:

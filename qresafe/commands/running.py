@@ -79,7 +79,7 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
     with progress_on() as progress:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
-        with closing(_started(spec, progress)) as experiment.runtime:
+        with closing(started(spec, progress)) as experiment.runtime:
             result = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))
@@ -88,7 +88,8 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
     return result
 
 
-def _started(spec: ExperimentSpec, progress: Progress) -> Runtime:
+def started(spec: ExperimentSpec, progress: Progress) -> Runtime:
+    """Return what runs a spec's stages: this process at `workers: 0`, else Ray."""
     from qresafe.dist.runtime import make_runtime
 
     if not spec.resources.workers:

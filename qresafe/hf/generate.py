@@ -211,7 +211,7 @@ def _next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache
         attention_mask=mask,
         past_key_values=cache,
         use_cache=True,
-        **_accepted(type(model), optional),
+        **accepted(type(model), optional),
     )
     return result.logits[:, -1]
 
@@ -270,7 +270,7 @@ def _answer_logps(
     ids, mask = right_pad(joined, pad=0)
     first = min(map(len, prompts)) - 1
     positions = torch.arange(first, ids.shape[1] - 1, device=model.device)
-    optional = _accepted(type(model), {"logits_to_keep": positions})
+    optional = accepted(type(model), {"logits_to_keep": positions})
     result = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **optional)
     kept = result.logits if optional else result.logits[:, first:-1]
     spans = [(len(p) - 1 - first, len(a)) for p, a in zip(prompts, answers, strict=True)]
@@ -285,6 +285,6 @@ def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def _accepted(kind: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def accepted(kind: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that this kind of model's forward method names."""
     return {name: value for name, value in arguments.items() if name in _parameters(kind)}

@@ -16,6 +16,7 @@ from qresafe.records import COMPLETION, REFUSALS, VERDICT
 from qresafe.stages.arms import Q0, Q, W
 from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.judge import FILE as VERDICTS
+from qresafe.stages.judge import titles_in
 from qresafe.stages.measures import roles
 from qresafe.stages.streams import read_rows
 from qresafe.stages.utility import exact_match
@@ -154,7 +155,7 @@ def main_judge(judges: Sequence[str]) -> str:
 
 
 def _told_of(label: str, completions: Artifact, verdicts: Artifact) -> Iterator[list[Told]]:
-    judge = main_judge(list(verdicts.manifest.spec["judges"]))
+    judge = main_judge(titles_in(verdicts))
     said = (
         row
         for rows in read_rows(verdicts.path / VERDICTS, SAID)

@@ -33,7 +33,7 @@ from qresafe.stages.endpoint import check_endpoint
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
 from qresafe.stages.harness import harness
-from qresafe.stages.judge import judge
+from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
@@ -74,8 +74,8 @@ class Experiment:
             UserError: A name is unknown, a file malformed, or a model not usable.
         """
         quantizers.get(self.spec.quantize.method)
-        for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
-            judges.get(name)
+        judges.get(self.spec.pairs.judge)
+        check_judges(self.spec.evaluate.judges, self.run)
         check_prompts(self.prompts), check_prompts(self.calibration)
         if self.spec.evaluate.attack:
             cells(self.spec.evaluate.attack)
@@ -252,7 +252,8 @@ class Experiment:
     def verdicts(self, arm: str) -> Artifact:
         """Return all judges' verdicts on an arm's answers."""
         completions = self.completions(arm)
-        made = judge(self.run, completions, self.spec.evaluate.judges, self.progress, label=arm)
+        asked = self.spec.evaluate.judges
+        made = judge(self.run, completions, asked, self.progress, arm, self.runtime)
         return self._note(f"judge {arm}", made)
 
     def attacked(self, arm: str) -> Artifact:
@@ -269,7 +270,8 @@ class Experiment:
         )
         self._note(f"attack {arm}", tried)
         named = self.spec.evaluate.judges
-        verdicts = judge(self.run, tried, named, self.progress, label=f"attack on {arm}")
+        told = f"attack on {arm}"
+        verdicts = judge(self.run, tried, named, self.progress, told, self.runtime)
         self._note(f"judge attack {arm}", verdicts)
         made = attack_result(
             self.run,

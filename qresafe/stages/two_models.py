@@ -8,12 +8,11 @@ from qresafe.artifacts import Artifact, Run
 from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
-from qresafe.registry import judges
 from qresafe.specs import ExperimentSpec
 from qresafe.stages.arms import require_same
 from qresafe.stages.compare import Arms
 from qresafe.stages.generate import check_prompts, generate, plan, template_key
-from qresafe.stages.judge import judge
+from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.prompts import evaluation_prompts, file_prompts
 from qresafe.stages.runtime import Runtime
 
@@ -40,8 +39,7 @@ def answer(
     """
     run = Run(spec.storage, spec.name)
     run.check()
-    for name in spec.evaluate.judges:
-        judges.get(name)
+    check_judges(spec.evaluate.judges, run)
     table = file_prompts(prompts) if prompts else evaluation_prompts(spec.evaluate.prompts)
     table = check_prompts(table)
     models = {
@@ -63,6 +61,6 @@ def answer(
             runtime=runtime,
             progress=progress,
         )
-        verdicts = judge(run, completions, spec.evaluate.judges, progress, label)
+        verdicts = judge(run, completions, spec.evaluate.judges, progress, label, runtime)
         made[label] = (completions, verdicts)
     return made
