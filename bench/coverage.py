@@ -140,7 +140,7 @@ def mean_table(draws: int, rng: Any) -> Table:
         truth = 1 - np.exp(_log_beta(0.5, 4 + k) - _log_beta(0.5, 4))
         for _ in range(draws):
             yes = rng.binomial(samples, rng.beta(0.5, 4, n))
-            low, high = share_interval(at_k(yes, np.full(n, samples), k), np.arange(n))
+            low, high = share_interval(at_k(yes, np.full(n, samples), k), np.arange(n), least=0.0)
             held += low <= truth <= high
         rows.append([f"ASR@{k} of {n} prompts, {samples} samples each", percent(held / draws)])
     return "Means and ASR@k", ["estimate", "coverage"], rows

@@ -166,7 +166,7 @@ def _at_each_k(arm: ArmRows, name: str, found: Answers) -> Iterator[AtK]:
         if not enough.any() or k > n.max():
             return
         chances = at_k(yes[enough], n[enough], k)
-        low, high = share_interval(chances, clusters[enough])
+        low, high = share_interval(chances, clusters[enough], least=0.0)
         share = float(chances.mean())
         yield AtK(measure=name, k=k, n=int(enough.sum()), share=share, low=low, high=high)
 

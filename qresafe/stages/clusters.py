@@ -69,7 +69,9 @@ def ratio_interval(sums: Any, counts: Any, confidence: float = 0.95) -> Interval
     return Interval(float(low), float(high))
 
 
-def share_interval(said: Any, codes: Any, confidence: float = 0.95) -> Interval:
+def share_interval(
+    said: Any, codes: Any, confidence: float = 0.95, *, least: float = 1.0
+) -> Interval:
     """Return the interval of a share of yes-or-no answers that come in clusters.
 
     The hull of the cluster bootstrap, which is too narrow where few clusters hold a yes, and of
@@ -81,6 +83,8 @@ def share_interval(said: Any, codes: Any, confidence: float = 0.95) -> Interval:
         said: 1 or 0 per answer, or a share; at least one.
         codes: The cluster of each answer.
         confidence: The interval's coverage.
+        least: The design effect is taken as at least this: 1 for answers that are 1 or 0; 0 for
+            shares between, which vary less.
     """
     sums, counts = cluster_totals(said, codes)
     n, clusters, share = counts.sum(), len(sums), sums.sum() / counts.sum()
@@ -89,7 +93,8 @@ def share_interval(said: Any, codes: Any, confidence: float = 0.95) -> Interval:
     if clusters < 2:
         return Interval(0.0, 1.0)
     drawn = ratio_interval(sums, counts, confidence)
-    effective = n / design_effect(sums, counts, share * (1 - share))
+    effect = design_effect(sums, counts, share * (1 - share), least)
+    effective = n / max(effect, 1e-9)
     z2 = stats.norm.ppf((1 + student(confidence, clusters)) / 2) ** 2 / effective
     middle = (share + z2 / 2) / (1 + z2)
     half = np.sqrt(z2 * (share * (1 - share) + z2 / 4)) / (1 + z2)
@@ -97,17 +102,18 @@ def share_interval(said: Any, codes: Any, confidence: float = 0.95) -> Interval:
     return Interval(max(0.0, float(low)), min(1.0, float(high)))
 
 
-def design_effect(sums: Any, counts: Any, variance: float) -> float:
-    """Return how many answers in clusters are worth one independent answer, at least 1.
+def design_effect(sums: Any, counts: Any, variance: float, least: float = 1.0) -> float:
+    """Return how many answers in clusters are worth one independent answer.
 
     Args:
         sums: One total per cluster, at least two.
         counts: How many answers it is a total of.
         variance: Of a single answer; 0 tells nothing, so that a cluster is worth one.
+        least: The result is at least this.
     """
     if variance <= 0:
         return float(np.sum(counts)) / len(counts)
-    return max(1.0, _error(sums, counts) ** 2 * float(np.sum(counts)) / variance)
+    return max(least, _error(sums, counts) ** 2 * float(np.sum(counts)) / variance)
 
 
 def student(confidence: float, clusters: int) -> float:

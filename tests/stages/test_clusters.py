@@ -96,3 +96,16 @@ def test_one_cluster_knows_nothing_and_two_know_little() -> None:
     assert share_interval(np.array([1.0, 0.0]), np.zeros(2)) == (0.0, 1.0)
     low, high = share_interval(np.array([1.0, 0.0, 0.0, 1.0]), np.array([0, 0, 1, 1]))
     assert (low, high) == pytest.approx((0.0, 1.0), abs=0.06)
+
+
+def test_asr_at_k_covers_without_waste() -> None:
+    rng = np.random.default_rng(4)
+    held, width, draws = 0, 0.0, 300
+    for _ in range(draws):
+        yes = rng.binomial(20, rng.beta(0.5, 4, 100))  # mean chance 1 / 9
+        low, high = share_interval(at_k(yes, np.full(100, 20), 1), np.arange(100), least=0.0)
+        held += low <= 1 / 9 <= high
+        width += (high - low) / draws
+    assert 0.92 <= held / draws <= 0.985  # a standard error of .013
+    # Var = 8/81 / 5.5 + within (chance (1 - chance) / 20): sd .139; +-1.98 sd / 10 = .055
+    assert width == pytest.approx(0.056, abs=0.008)
