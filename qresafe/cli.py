@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, patch
+from qresafe.commands import demo_model, doctor, experiment, files, patch, search
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -24,7 +24,12 @@ STAGES = "Stages: each runs what it needs before it, and reuses what is finished
 MACHINE = "This machine"
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    EXPERIMENTS: {"demo": experiment.demo, "run": experiment.run, "show": experiment.show},
+    EXPERIMENTS: {
+        "demo": experiment.demo,
+        "run": experiment.run,
+        "show": experiment.show,
+        "search": search.search,
+    },
     STAGES: {
         "quantize": experiment.quantize,
         "generate": experiment.generate,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qresafe.errors import SpecError, nearest
 from qresafe.loading import load_spec, merged, nested, value_types
@@ -27,7 +27,8 @@ class Domain(Spec):
     loguniform: tuple[float, float] | None = None
     choice: tuple[Any, ...] | None = None  # any values, mappings and preset names included
     step: Positive | None = None  # with uniform: low, low + step, ...
-    when: dict[str, tuple[Any, ...]] = {}  # only where each key of the space has such a value
+    # Only where each of these keys of the space has one of the values.
+    when: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

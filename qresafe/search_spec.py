@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
-from upath import UPath
 
-from qresafe.artifacts import content_key, is_local
+from qresafe.artifacts import content_key
 from qresafe.errors import SpecError, nearest
 from qresafe.loading import load_spec, merged, nested
 from qresafe.presets import load_experiment
@@ -89,7 +88,7 @@ class SearchSpec(Spec):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "search"
     base: str = "demo"  # the experiment: a preset, or a YAML file's path
-    set: dict[str, Any] = {}  # changes of the base, dotted keys or nested
+    set: dict[str, Any] = Field(default_factory=dict)  # changes of the base, dotted keys or nested
     space: dict[str, Domain]
     objectives: tuple[ObjectiveSpec, ...] = (
         ObjectiveSpec(metric="attack_success"),
@@ -156,6 +155,14 @@ class Search:
         base = self.validation.model_dump(mode="json", exclude={"name", "storage", "resources"})
         return content_key([spec, base])
 
+    def at(self, storage: str) -> Search:
+        """Return the same search with another storage."""
+        experiment, validation = (
+            spec.model_copy(update={"storage": storage})
+            for spec in (self.experiment, self.validation)
+        )
+        return Search(self.spec, self.space, experiment, validation)
+
     def trial(self, params: Params) -> ExperimentSpec:
         """Return the validation experiment with a trial's values.
 
@@ -208,11 +215,7 @@ def space_names() -> tuple[str, ...]:
 def _experiment(spec: SearchSpec, overrides: Iterable[str]) -> ExperimentSpec:
     base = load_experiment(spec.base).model_dump(mode="json")
     data = merged(base, nested(spec.set))
-    loaded = load_spec(ExperimentSpec, merged(data, {"name": spec.name}), overrides)
-    if is_local(UPath(loaded.storage)):  # trials run in processes with other working directories
-        storage = str(Path(loaded.storage).expanduser().absolute())
-        return loaded.model_copy(update={"storage": storage})
-    return loaded
+    return load_spec(ExperimentSpec, merged(data, {"name": spec.name}), overrides)
 
 
 def _validation(spec: SearchSpec, experiment: ExperimentSpec) -> list[dict[str, Any]]:

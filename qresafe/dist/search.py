@@ -34,9 +34,11 @@ from qresafe.specs import ExperimentSpec, ResourcesSpec
 from qresafe.stages.experiment import Experiment
 from qresafe.stages.patch import needs_reference
 from qresafe.stages.runtime import Runtime
-from qresafe.stages.search.folder import STOPPED, search_folder
+from qresafe.stages.search.confirm import confirm, write_confirmation
+from qresafe.stages.search.folder import CONFIRMATION, STOPPED, search_folder, write_results
 from qresafe.stages.search.ledger import Ledger
 from qresafe.stages.search.queue import TrialQueue
+from qresafe.stages.search.report import write_report
 from qresafe.stages.search.trial import share_stages
 from qresafe.stages.search.values import upper_key
 
@@ -60,31 +62,45 @@ def session(search: Search, progress: Progress) -> Iterator[Runtime]:
             ray.shutdown()
 
 
-def run_trials(search: Search, runtime: Runtime, progress: Progress) -> None:
-    """Run all trials of a search that have not ended yet; their rows lie in its folder.
+def run_search(search: Search, progress: Progress) -> UPath:
+    """Run a search to its end, or continue it; return its folder (see `stages.search.folder`).
 
     Args:
-        search: The search.
-        runtime: For the shared stages; from `session`.
-        progress: Shows the shared stages, then the trials.
+        search: The search, checked by `check_search`.
+        progress: Shows shared stages, trials and the confirmation.
 
     Raises:
         ResourceError: A trial needs more than the cluster has, or another process is at it.
-        UserError: Three trials failed for the same reason.
+        UserError: Three trials failed for the same reason; the table of the others is written.
     """
     folder = search_folder(search)
-    with locked(folder):
-        slots = places(search)
-        sharing = Sharing(search, runtime, progress)
-        queue = TrialQueue(search, Ledger(folder), sharing.ready)
-        if (folder / STOPPED).exists():
-            queue.forget_failures()
-            (folder / STOPPED).unlink()
-        _tune(search, queue, slots, folder, progress)
-        if reason := queue.stop_reason():
-            write_text(folder / STOPPED, reason)
-            remedy = "mend the cause or narrow the space, and run again: finished trials are kept"
-            raise UserError(f"the search was stopped: {reason}", remedy=remedy)
+    with locked(folder), session(search, progress) as runtime:
+        queue = run_trials(search, runtime, progress)
+        rows = queue.ordered()
+        best = write_results(search, rows)
+        reason = queue.stop_reason()
+        if reason is None and best is not None and search.spec.confirm:
+            found = confirm(search, best.params, runtime, progress)
+            write_confirmation(folder / CONFIRMATION, found)
+        write_report(search, rows)
+    if reason is not None:
+        write_text(folder / STOPPED, reason)
+        remedy = "mend the cause or narrow the space, and run again: finished trials are kept"
+        raise UserError(f"the search was stopped: {reason}", remedy=remedy)
+    return folder
+
+
+def run_trials(search: Search, runtime: Runtime, progress: Progress) -> TrialQueue:
+    """Run all trials that have not ended yet; their rows lie in the search's folder."""
+    folder = search_folder(search)
+    slots = places(search)
+    sharing = Sharing(search, runtime, progress)
+    queue = TrialQueue(search, Ledger(folder), sharing.ready)
+    if (folder / STOPPED).exists():
+        queue.forget_failures()
+        (folder / STOPPED).unlink()
+    _tune(search, queue, slots, folder, progress)
+    return queue
 
 
 def places(search: Search) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ray
 import ray.train
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -14,7 +15,8 @@ from qresafe.dist import train
 from qresafe.dist.runtime import RayRuntime, make_runtime, threads_per_worker
 from qresafe.progress import Progress
 from qresafe.search_spec import Search
-from qresafe.stages.runtime import Runtime, TrainJob, cpu_threads
+from qresafe.specs import ResourcesSpec
+from qresafe.stages.runtime import InProcessRuntime, Runtime, TrainJob, cpu_threads
 from qresafe.stages.search.trial import TrialJob
 
 OUTCOME = "outcome"  # the key of a trial's last report: its row, as JSON
@@ -31,7 +33,7 @@ def make_trainable(search: Search) -> Trainable:
         params = config["params"]
         spec, probe = search.trial(params), search.spec.probe
         job = TrialJob(config["trial"], params, spec, probe, config["start"])
-        runtime: Runtime = TrialRuntime(resources) if resources.workers else make_runtime(resources)
+        runtime = trial_runtime(resources)
         try:
             with cpu_threads(threads_per_worker(resources)):
                 row = job.run(runtime, tell)
@@ -67,8 +69,31 @@ def _known(probed: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in probed.items() if value is not None}
 
 
-class TrialRuntime(RayRuntime):
-    """The runtime of a trial: what its workers report goes to Tune."""
+def trial_runtime(resources: ResourcesSpec) -> Runtime:
+    """Return what a trial's stages run on.
+
+    Without GPUs a trial answers in its own process, on the CPUs that its training has left.
+    """
+    if not resources.workers:
+        return make_runtime(resources)
+    if resources.gpus_per_worker:
+        return GpuTrialRuntime(resources)
+    return CpuTrialRuntime(resources)
+
+
+class CpuTrialRuntime(InProcessRuntime):
+    """Trains on Ray Train workers, and does the rest in this process."""
+
+    def __init__(self, resources: ResourcesSpec) -> None:
+        super().__init__(threads=threads_per_worker(resources))
+        self._resources = resources
+
+    def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
+        train.run(job, folder, progress, self._resources, [TuneReportCallback()])
+
+
+class GpuTrialRuntime(RayRuntime):
+    """A cluster's runtime; what Train workers report goes to Tune."""
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         self.wait_for(self._resources.workers)

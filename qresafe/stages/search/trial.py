@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qresafe.artifacts import Artifact
-from qresafe.errors import DivergedError, UserError
+from qresafe.errors import DivergedError
 from qresafe.progress import Silent
 from qresafe.search_space import Params
 from qresafe.search_spec import ProbeSpec
@@ -55,14 +55,7 @@ class TrialJob:
         own: dict[str, Any] = {"index": self.index, "params": self.params, "continued": self.start}
         try:
             found = self._measure(runtime, tell)
-        except (
-            UserError,
-            MemoryError,
-            ArithmeticError,
-            RuntimeError,
-            OSError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # a trial that fails is a row, never a lost search
             kind, reason = failure(error)
             found = {"status": "failed", "kind": kind, "reason": reason}
         return Row(**own, **found, seconds=round(time.perf_counter() - began, 3))
