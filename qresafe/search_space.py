@@ -98,7 +98,7 @@ class Parameter:
             return at / high if high else 0.5
         if self.domain.loguniform:
             low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
-        return min(1.0, max(0.0, (value - low) / (high - low)))
+        return float(min(1.0, max(0.0, (value - low) / (high - low))))
 
     def contains(self, value: Any) -> bool:
         """Return whether the domain has this value."""

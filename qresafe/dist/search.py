@@ -128,8 +128,9 @@ class Sharing:
         self._made: dict[tuple[str, bool], Future[None]] = {}
         share_stages(Experiment(search.validation, runtime, progress))
         shelf().clear()  # trials may need the memory
-        self._made[self._key(search.validation)] = done = Future()
+        done: Future[None] = Future()
         done.set_result(None)
+        self._made[self._key(search.validation)] = done
 
     def ready(self, spec: ExperimentSpec) -> bool:
         """Return whether a trial's shared stages are there; begin to make them if not.

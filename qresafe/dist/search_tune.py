@@ -48,7 +48,7 @@ class Live:
         return [look for _, look in sorted(self.looks[index].items())]
 
 
-class QueueSearcher(Searcher):
+class QueueSearcher(Searcher):  # type: ignore[misc]
     """Hands the queue's proposals to Tune."""
 
     def __init__(self, live: Live) -> None:
@@ -76,7 +76,7 @@ class QueueSearcher(Searcher):
         """Nothing."""
 
 
-class RuleScheduler(FIFOScheduler):
+class RuleScheduler(FIFOScheduler):  # type: ignore[misc]
     """Ends a trial when the search's rule says so."""
 
     def __init__(self, live: Live) -> None:
@@ -99,7 +99,7 @@ class RuleScheduler(FIFOScheduler):
         return str(TrialScheduler.STOP)
 
 
-class Recorder(Callback):
+class Recorder(Callback):  # type: ignore[misc]
     """Turns whatever ends a trial into its row, and shows how far the search is."""
 
     def __init__(self, live: Live, progress: Progress) -> None:

@@ -52,7 +52,7 @@ class PatchJob:
         path = self.q0.ref.on_this_machine().path
         model, quantized = load_dense(path)
         inputs = PatchInputs(model, quantized, pool)
-        watch = self.probe and self.probe.watch(path)
+        watch = self.probe.watch(path) if self.probe else None
         train_patch(engine, inputs, self.spec, folder, progress, watch)
 
     def run_local(self, folder: UPath, progress: Progress) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -38,6 +38,7 @@ class Axis(NamedTuple):
 
 PAINT = {"front": "arm-Q", "winner": "arm-Q0", "default": "arm-W", "": "muted"}
 SIZES = {"front": 5.5, "winner": 7.5, "default": 6.5, "": 4.0}
+FOREMOST = ("front", "winner", "default")
 WIDE = 2 * WIDTH + 0.4
 
 
@@ -48,7 +49,12 @@ def scatter_plot(name: str, points: Sequence[Point], x_label: str, y_label: str)
         axes = figure.add_axes(inches(figure, left=0.55, right=0.15, bottom=0.45, top=0.15))
         for point in sorted(points, key=lambda point: list(SIZES).index(point.kind), reverse=True):
             paint, alpha = STAND_IN[PAINT[point.kind]], 1.0 if point.kind else 0.45
-            style = {"color": paint, "ms": SIZES[point.kind], "alpha": alpha, "clip_on": False}
+            style: dict[str, Any] = {
+                "color": paint,
+                "ms": SIZES[point.kind],
+                "alpha": alpha,
+                "clip_on": False,
+            }
             axes.plot([point.x], [point.y], "D" if point.kind == "default" else "o", **style)
         _name_points(axes, [point for point in points if point.kind])
         axes.set_xlabel(x_label)
@@ -68,13 +74,16 @@ def parallel_plot(name: str, axes_of: Sequence[Axis], lines: Sequence[Polyline])
         axes = figure.add_axes(inches(figure, left=0.35, right=0.35, bottom=0.55, top=0.3))
         for line in sorted(lines, key=lambda line: bool(line.kind)):
             known = [(x, y) for x, y in enumerate(line.heights) if y is not None]
-            style = {"lw": 1.6 if line.kind else 0.8, "alpha": 0.95 if line.kind else 0.3}
+            style: dict[str, Any] = {
+                "lw": 1.6 if line.kind else 0.8,
+                "alpha": 0.95 if line.kind else 0.3,
+            }
             xs, ys = [x for x, _ in known], [y for _, y in known]
             dashes = "--" if line.kind == "default" else "-"
             axes.plot(xs, ys, dashes, color=STAND_IN[PAINT[line.kind]], clip_on=False, **style)
         for place, axis in enumerate(axes_of):
             axes.axvline(place, color=STAND_IN["rule"], lw=0.8, zorder=0)
-            muted = {"color": STAND_IN["muted"], "ha": "center", "fontsize": 7.5}
+            muted: dict[str, Any] = {"color": STAND_IN["muted"], "ha": "center", "fontsize": 7.5}
             axes.text(place, 1.06, axis.high, va="bottom", **muted)
             axes.text(place, -0.06, axis.low, va="top", **muted)
             axes.text(place, -0.21, axis.name, va="top", ha="center")
@@ -111,14 +120,11 @@ def curve_plot(name: str, curves: Sequence[tuple[Sequence[float], Sequence[float
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, 2.1))
         axes = figure.add_axes(inches(figure, left=0.5, right=0.15, bottom=0.42, top=0.12))
-        for steps, shares, kind in sorted(
-            curves, key=lambda curve: curve[2] not in ("", "stopped")
-        ):
+        for steps, shares, kind in sorted(curves, key=lambda curve: curve[2] in FOREMOST):
             paint = STAND_IN[PAINT.get(kind, "muted")]
-            style = (
-                {"lw": 1.7, "alpha": 0.95} if kind in SIZES and kind else {"lw": 0.9, "alpha": 0.4}
-            )
-            axes.plot(steps, [100 * s for s in shares], color=paint, clip_on=False, **style)
+            width, alpha = (1.7, 0.95) if kind in FOREMOST else (0.9, 0.4)
+            shown = [100 * share for share in shares]
+            axes.plot(steps, shown, color=paint, lw=width, alpha=alpha, clip_on=False)
             if kind == "stopped":
                 axes.plot(steps[-1:], [100 * shares[-1]], "x", color=paint, ms=4.5, clip_on=False)
         axes.set_xlabel("step")

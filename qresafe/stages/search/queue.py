@@ -85,8 +85,8 @@ class TrialQueue:
                 self.total = index
                 break
             settled = self._settle(index, params)
-            if settled is Pause.WAIT:
-                return Pause.WAIT
+            if isinstance(settled, Pause):
+                return settled
             if settled is None:
                 if not self._ready(self.specs[index]):
                     return Pause.WAIT

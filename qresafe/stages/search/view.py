@@ -31,7 +31,7 @@ Kinds = Mapping[int, str]  # index -> "winner", "front", "default" or ""
 class TrialLine(NamedTuple):
     """A line of the table of trials."""
 
-    index: int
+    trial: int
     kind: str
     status: str
     values: list[str]
