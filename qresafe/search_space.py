@@ -194,13 +194,19 @@ class Space:
     def check(self, base: ExperimentSpec) -> None:
         """Refuse a space some of whose values the experiment cannot have.
 
+        A value counts if it fits the base, or the base with all other keys at one of their ends.
+
         Raises:
             SpecError: A key is unknown (its nearest neighbours are named), or a value is refused.
         """
+        others: list[Params] = [{}, *({p.key: p.ends()[end] for p in self} for end in (0, -1))]
         for parameter in self:
             needed = {key: values[0] for key, values in parameter.domain.when.items()}
             for value in parameter.ends():
-                with_params(base, needed | {parameter.key: value})
+                own = needed | {parameter.key: value}
+                refusals = [_refusal(base, other | own) for other in others]
+                if all(refusals) and refusals[0]:
+                    raise refusals[0]
 
 
 def with_params(base: ExperimentSpec, params: Mapping[str, Any]) -> ExperimentSpec:
@@ -213,6 +219,14 @@ def with_params(base: ExperimentSpec, params: Mapping[str, Any]) -> ExperimentSp
         return base
     data = merged(base.model_dump(mode="json"), nested(params))
     return load_spec(ExperimentSpec, data)
+
+
+def _refusal(base: ExperimentSpec, params: Mapping[str, Any]) -> SpecError | None:
+    try:
+        with_params(base, params)
+    except SpecError as error:
+        return error
+    return None
 
 
 def value_at(spec: ExperimentSpec, key: str) -> Any:

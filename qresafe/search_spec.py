@@ -155,6 +155,12 @@ class Search:
         base = self.validation.model_dump(mode="json", exclude={"name", "storage", "resources"})
         return content_key([spec, base])
 
+    @property
+    def test(self) -> ExperimentSpec:
+        """The base on the test prompts, without what a search does not look at."""
+        changes = {"evaluate": self.experiment.evaluate.model_copy(update={"adapter": False})}
+        return self.experiment.model_copy(update=changes)
+
     def at(self, storage: str) -> Search:
         """Return the same search with another storage."""
         experiment, validation = (
@@ -203,7 +209,8 @@ def load_search(
         data = merged(experiment.model_dump(mode="json"), {"evaluate": evaluate})
         return Search(spec, space, experiment, load_spec(ExperimentSpec, data))
     except SpecError as error:
-        where = error.where if error.where not in {"", "the spec"} else str(path)
+        where = f"{error.where} of {path}" if error.where == "space" else error.where
+        where = str(path) if where in {"", "the spec"} else where
         raise SpecError(error.what, where=where, remedy=error.remedy) from None
 
 

@@ -26,6 +26,7 @@ COMMANDS = [
     *(["export"], ["compare"], ["report"], ["doctor"], ["demo-model"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
+    ["search"],
 ]
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "datasets", "pyarrow", "numpy", "scipy"]
 HEAVY += ["pandas", "matplotlib", "huggingface_hub"]

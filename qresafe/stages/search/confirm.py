@@ -60,7 +60,7 @@ def confirm(
     specs = {DEFAULT: {}, WINNER: winner} if winner else {DEFAULT: {}}
     found: list[Confirmed] = []
     for seed in search.spec.confirm:
-        for split, base in zip(SPLITS, (search.validation, search.experiment), strict=True):
+        for split, base in zip(SPLITS, (search.validation, search.test), strict=True):
             for model, params in specs.items():
                 spec = with_seed(with_params(base, params), seed, progress)
                 made = _measure(Experiment(spec, runtime, progress), model, with_others=not params)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -146,13 +147,13 @@ def _encoded(parameter: Parameter, value: Any) -> Any:
     return value if parameter.domain.choice is None else parameter.domain.choice.index(value)
 
 
-def importance(search: Search, rows: Sequence[Row], objective: int | None) -> Mapping[str, float]:
+def importance(search: Search, rows: Sequence[Row], objective: int) -> Mapping[str, float]:
     """Return each key's importance (PED-ANOVA), summing to 1; empty where it cannot be told.
 
     Args:
         search: The search.
         rows: Its rows; those that are completed count.
-        objective: The place of an objective; None: for reaching the Pareto front.
+        objective: The place of an objective.
     """
     study = make_study(search.spec)
     for row in rows:
@@ -161,10 +162,14 @@ def importance(search: Search, rows: Sequence[Row], objective: int | None) -> Ma
             study.add_trial(trial)
     if len(study.trials) < 4:
         return {}
-    target = None if objective is None else (lambda trial: float(trial.values[objective]))
-    try:
-        return optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), target=target
-        )
-    except (ValueError, RuntimeError):  # all trials alike, or no key that all of them share
-        return {}
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            found = optuna.importance.get_param_importances(
+                study, evaluator=evaluator, target=lambda trial: float(trial.values[objective])
+            )
+        except (ValueError, RuntimeError):  # no key that all trials share
+            return {}
+    alike = any("select the same set of trials" in str(warning.message) for warning in said)
+    return {} if alike else found

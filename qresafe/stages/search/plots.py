@@ -80,7 +80,7 @@ def parallel_plot(name: str, axes_of: Sequence[Axis], lines: Sequence[Polyline])
             }
             xs, ys = [x for x, _ in known], [y for _, y in known]
             dashes = "--" if line.kind == "default" else "-"
-            axes.plot(xs, ys, dashes, color=STAND_IN[PAINT[line.kind]], clip_on=False, **style)
+            axes.plot(xs, ys, dashes, color=paint, lw=width, alpha=alpha, clip_on=False)
         for place, axis in enumerate(axes_of):
             axes.axvline(place, color=STAND_IN["rule"], lw=0.8, zorder=0)
             muted: dict[str, Any] = {"color": STAND_IN["muted"], "ha": "center", "fontsize": 7.5}
