@@ -74,10 +74,8 @@ def parallel_plot(name: str, axes_of: Sequence[Axis], lines: Sequence[Polyline])
         axes = figure.add_axes(inches(figure, left=0.35, right=0.35, bottom=0.55, top=0.3))
         for line in sorted(lines, key=lambda line: bool(line.kind)):
             known = [(x, y) for x, y in enumerate(line.heights) if y is not None]
-            style: dict[str, Any] = {
-                "lw": 1.6 if line.kind else 0.8,
-                "alpha": 0.95 if line.kind else 0.3,
-            }
+            width, alpha = (1.6, 0.95) if line.kind else (0.8, 0.3)
+            paint = STAND_IN[PAINT[line.kind]]
             xs, ys = [x for x, _ in known], [y for _, y in known]
             dashes = "--" if line.kind == "default" else "-"
             axes.plot(xs, ys, dashes, color=paint, lw=width, alpha=alpha, clip_on=False)
