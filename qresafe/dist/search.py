@@ -6,9 +6,11 @@ are pickles, they come in intervals, and they say nothing about a half-trained p
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -35,8 +37,14 @@ from qresafe.stages.experiment import Experiment
 from qresafe.stages.patch import needs_reference
 from qresafe.stages.runtime import Runtime
 from qresafe.stages.search.confirm import confirm, write_confirmation
-from qresafe.stages.search.folder import CONFIRMATION, STOPPED, search_folder, write_results
-from qresafe.stages.search.ledger import Ledger
+from qresafe.stages.search.folder import (
+    CONFIRMATION,
+    SESSIONS,
+    STOPPED,
+    search_folder,
+    write_results,
+)
+from qresafe.stages.search.ledger import Ledger, Row
 from qresafe.stages.search.queue import TrialQueue
 from qresafe.stages.search.report import write_report
 from qresafe.stages.search.trial import share_stages
@@ -197,10 +205,24 @@ def _tune(
                 verbose=0,
             ),
         )
+        known = set(queue.rows)
+        began = time.perf_counter()
         with _quiet():
             tuner.fit()
+        seconds = time.perf_counter() - began
+    note_session(folder, slots, seconds, [r for i, r in queue.rows.items() if i not in known])
     done = len(queue.rows)
     progress.finish(f"{done} of {queue.total} trials have ended")
+
+
+def note_session(folder: UPath, slots: int, seconds: float, rows: Sequence[Row]) -> None:
+    """Add a line to sessions.jsonl: what Tune took in all, and what the trials took themselves."""
+    ran = [row for row in rows if row.same_as is None]
+    spent = {"slots": slots, "seconds": round(seconds, 3), "trials": len(ran)}
+    spent["trial_seconds"] = round(sum(row.seconds for row in ran), 3)
+    path = folder / SESSIONS
+    before = path.read_text() if path.exists() else ""
+    write_text(path, before + json.dumps(spent) + "\n")
 
 
 _SETTINGS = {

@@ -20,6 +20,7 @@ BEST = "best.yaml"
 FRONT = "front"  # folder of one spec per trial of the Pareto front
 CONFIRMATION = "confirmation.json"
 REPORT = "report.html"
+SESSIONS = "sessions.jsonl"  # a line for each run of Tune: where its time went
 
 
 def search_folder(search: Search) -> UPath:
