@@ -110,14 +110,13 @@ def kills(folder: Path, overrides: Sequence[str]) -> Found:
     whole = sum(session["seconds"] for session in sessions(alone))
     while len(moments) < KILLS:
         driver = start(folder, "killed", settings)
-        before = len(Ledger(search_folder(search)).read())
-        wait_until(lambda: len(Ledger(search_folder(search)).read()) > before, driver)
+        wait_for_row(search, driver)
         time.sleep(draw.uniform(0, whole / 8))
         if driver.poll() is not None:
             break  # it had ended before it could be killed
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        moments.append(len(Ledger(search_folder(search)).read()))
+        moments.append(len(rows_of(search)))
         print(f"killed with {moments[-1]} rows", flush=True)
     run(folder, "killed", settings, "--resume")
     tables = [untimed(one) for one in (alone, search)]
@@ -172,9 +171,10 @@ def start(
         )
 
 
-def wait_until(condition: Callable[[], bool], driver: subprocess.Popen[bytes]) -> None:
-    """Wait until something is true or the driver has ended."""
-    while not condition() and driver.poll() is None:
+def wait_for_row(search: Search, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until one more trial has ended, or the driver has."""
+    before = len(rows_of(search))
+    while len(rows_of(search)) == before and driver.poll() is None:
         time.sleep(0.05)
 
 
