@@ -84,8 +84,8 @@ def kills_part(found: Found) -> str:
     same = "the same finished table" if found["equal"] else "**another table**"
     return (
         f"## kills\n\nThe driver was killed by SIGKILL {len(found['killed_with_rows'])} times, "
-        f"with {moments} of {found['trials']} rows written; resumed, it ended with {same} as a search "
-        "that was left alone (every column but the times, codes and keys included)."
+        f"with {moments} of {found['trials']} rows written; resumed, it ended with {same} as a "
+        "search that was left alone (every column but the times, codes and keys included)."
     )
 
 
