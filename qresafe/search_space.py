@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from qresafe.errors import SpecError, nearest
-from qresafe.loading import load_spec, merged, nested, value_types
+from qresafe.loading import nested, value_types
 from qresafe.specs import ExperimentSpec, Positive, Spec
+from qresafe.variants import with_changes
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -217,8 +218,7 @@ def with_params(base: ExperimentSpec, params: Mapping[str, Any]) -> ExperimentSp
     """
     if not params:
         return base
-    data = merged(base.model_dump(mode="json"), nested(params))
-    return load_spec(ExperimentSpec, data)
+    return with_changes(base, nested(params))
 
 
 def _refusal(base: ExperimentSpec, params: Mapping[str, Any]) -> SpecError | None:

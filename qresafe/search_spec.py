@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from qresafe.artifacts import content_key
 from qresafe.errors import SpecError, nearest
-from qresafe.loading import load_spec, merged, nested
+from qresafe.loading import load_spec, nested
 from qresafe.presets import load_experiment
 from qresafe.search_space import Domain, Params, Space, with_params
 from qresafe.specs import (
@@ -21,6 +21,7 @@ from qresafe.specs import (
     PromptSetSpec,
     Spec,
 )
+from qresafe.variants import with_changes
 
 SPACES = Path(__file__).parents[1] / "tune_spaces"
 Tracker = Literal["mlflow", "wandb", "tensorboard"]
@@ -206,12 +207,12 @@ def load_search(
         if spec.searcher.name == "grid" and spec.scheduler.name != "pbt":
             space.grid()
         evaluate = {"prompts": _validation(spec, experiment), "adapter": False}
-        data = merged(experiment.model_dump(mode="json"), {"evaluate": evaluate})
-        return Search(spec, space, experiment, load_spec(ExperimentSpec, data))
+        validation = with_changes(experiment, {"evaluate": evaluate})
     except SpecError as error:
         where = f"{error.where} of {path}" if error.where == "space" else error.where
         where = str(path) if where in {"", "the spec"} else where
         raise SpecError(error.what, where=where, remedy=error.remedy) from None
+    return Search(spec, space, experiment, validation)
 
 
 def space_names() -> tuple[str, ...]:
@@ -220,9 +221,8 @@ def space_names() -> tuple[str, ...]:
 
 
 def _experiment(spec: SearchSpec, overrides: Iterable[str]) -> ExperimentSpec:
-    base = load_experiment(spec.base).model_dump(mode="json")
-    data = merged(base, nested(spec.set))
-    return load_spec(ExperimentSpec, merged(data, {"name": spec.name}), overrides)
+    base = with_changes(load_experiment(spec.base), nested(spec.set) | {"name": spec.name})
+    return load_spec(ExperimentSpec, base.model_dump(mode="json"), overrides)
 
 
 def _validation(spec: SearchSpec, experiment: ExperimentSpec) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qresafe.embedded.build import embedded_model_path
-from qresafe.loading import load_spec, merged
 from qresafe.progress import Progress
 from qresafe.specs import ExperimentSpec
+from qresafe.variants import with_changes
 
 
 def with_seed(spec: ExperimentSpec, seed: int, progress: Progress | None = None) -> ExperimentSpec:
@@ -25,4 +25,4 @@ def with_seed(spec: ExperimentSpec, seed: int, progress: Progress | None = None)
         seeds["quantize"] = {"seed": seed}
     if spec.model.path == "embedded":
         seeds["model"] = {"path": str(embedded_model_path(seed, progress))}
-    return load_spec(ExperimentSpec, merged(spec.model_dump(mode="json"), seeds))
+    return with_changes(spec, seeds)

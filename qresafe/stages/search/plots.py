@@ -70,8 +70,8 @@ def scatter_plot(name: str, points: Sequence[Point], x_label: str, y_label: str)
 def parallel_plot(name: str, axes_of: Sequence[Axis], lines: Sequence[Polyline]) -> str:
     """Draw one line per trial through the values of all keys and objectives."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDE, 2.6))
-        axes = figure.add_axes(inches(figure, left=0.35, right=0.35, bottom=0.55, top=0.3))
+        figure = Figure(figsize=(WIDE, 2.8))
+        axes = figure.add_axes(inches(figure, left=0.45, right=0.45, bottom=0.85, top=0.3))
         for line in sorted(lines, key=lambda line: bool(line.kind)):
             known = [(x, y) for x, y in enumerate(line.heights) if y is not None]
             width, alpha = (1.6, 0.95) if line.kind else (0.8, 0.3)
@@ -84,7 +84,7 @@ def parallel_plot(name: str, axes_of: Sequence[Axis], lines: Sequence[Polyline])
             muted: dict[str, Any] = {"color": STAND_IN["muted"], "ha": "center", "fontsize": 7.5}
             axes.text(place, 1.06, axis.high, va="bottom", **muted)
             axes.text(place, -0.06, axis.low, va="top", **muted)
-            axes.text(place, -0.21, axis.name, va="top", ha="center")
+            axes.text(place, -0.2, axis.name.replace(" ", "\n"), va="top", ha="center")
         axes.set_ylim(0, 1)
         axes.set_xlim(0, max(1, len(axes_of) - 1))
         axes.axis("off")
@@ -140,8 +140,11 @@ def _name_points(axes: Axes, points: Sequence[Point]) -> None:
     places: dict[tuple[float, float], list[Point]] = {}
     for point in points:
         places.setdefault((point.x, point.y), []).append(point)
-    for place, there in places.items():
+    for number, (place, there) in enumerate(sorted(places.items())):
+        below = number % 2 == 1  # neighbours' labels on different sides
         text = ", ".join(point.label for point in there[:3]) + (" …" if len(there) > 3 else "")
         paint = STAND_IN[PAINT[there[0].kind]]
-        axes.annotate(text, place, xytext=(5, 4), textcoords="offset points", color=paint,
-                      fontsize=7.5)  # fmt: skip
+        axes.annotate(
+            text, place, xytext=(4, -10 if below else 4), textcoords="offset points", color=paint,
+            fontsize=7.5,
+        )  # fmt: skip

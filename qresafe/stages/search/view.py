@@ -33,10 +33,9 @@ class TrialLine(NamedTuple):
 
     trial: int
     kind: str
-    status: str
+    status: str  # "" for a completed trial
     values: list[str]
     figures: list[str]
-    note: str
 
 
 def kinds(rows: Sequence[Row], best: Row | None, front: Sequence[Row]) -> dict[int, str]:
@@ -263,12 +262,11 @@ def table(search: Search, rows: Sequence[Row], marked: Kinds) -> list[TrialLine]
     lines = []
     for row in sorted(rows, key=lambda row: (weighted(search, row.metrics), row.index)):
         values = row_values(search, row)
-        note = row.reason or ("" if row.same_as is None else f"equal to trial {row.same_as}")
+        twin = "" if row.same_as is None else f"as {row.same_as}"
+        status = twin or ("" if row.status == "completed" else row.status)
         figures = [shown(o.metric, row.metrics.get(o.metric)) for o in search.spec.objectives]
         shown_values = [value_text(values.get(p.key)) for p in search.space]
-        lines.append(
-            TrialLine(row.index, marked[row.index], row.status, shown_values, figures, note)
-        )
+        lines.append(TrialLine(row.index, marked[row.index], status, shown_values, figures))
     return lines
 
 
