@@ -2,10 +2,10 @@
 
 Both sides complete the same prompts of 16 to 256 tokens, given to both in the same random order,
 with the same batch size, limit and end token, greedily, in this process and with the same
-threads; they take turns, and the best of the repetitions counts, as other work on the machine
-only adds. There are six batches of prompts: with a single one, planning by length could not help.
-Two cases: answers end by themselves at mixed lengths, as a chat model's do, or every answer runs
-to the limit. Only tokens up to the end token count.
+threads. They take turns; the best of the repetitions counts, in CPU time where there is no GPU, so
+that other work on the machine does not. There are six batches of prompts: with a single one,
+planning by length could not help. Two cases: answers end by themselves at mixed lengths, as a chat
+model's do, or every answer runs to the limit. Only tokens up to the end token count.
 
     python -m bench.generation                    # a Llama with 30 M parameters
     python -m bench.generation --only ray         # what Ray adds to a job of about 60 s
@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.clock import kind, now
 
 VOCABULARY = 8192
 END = 2
@@ -102,15 +104,16 @@ def compare(sides: dict[str, Callable[[], list[list[int]]]], repeat: int) -> dic
     answers: dict[str, list[list[int]]] = {}
     for _ in range(repeat):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = now()
             answers[name] = side()
-            best[name] = min(best[name], time.perf_counter() - began)
+            best[name] = min(best[name], now() - began)
     tokens = {name: sum(map(len, rows)) for name, rows in answers.items()}
     speed = {name: tokens[name] / best[name] for name in sides}
     pairs = list(zip(*answers.values(), strict=True))
     return {
         "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
         "ratio": round(speed["ours"] / speed["pipeline"], 3),
+        "clock": kind(),
         "tokens": tokens,
         "equal_answers": f"{sum(a == b for a, b in pairs)} of {len(pairs)}",
     }

@@ -16,7 +16,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
+from bench.clock import kind, now
 from qresafe import records
 from qresafe.core.grids import QuantizedTensor, fit_uniform
 from qresafe.hf import baselines
@@ -181,7 +181,7 @@ def measure(steps: int = 6, rows: int = 8, rank: int = 16, **shape: int) -> dict
         "parameters": sum(p.numel() for p in llama(**shape).parameters()),
         "rows_per_step": rows,
         "threads": torch.get_num_threads(),
-        "clock": "wall" if torch.cuda.is_available() else "process CPU time",
+        "clock": kind(),
         "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
         "ratio": {name: round(speed[name] / speed["trl"], 3) for name in TARGETS},
         "median_seconds": {k: round(statistics.median(v), 4) for k, v in seconds.items()},
@@ -195,17 +195,10 @@ def _in_turns(contestants: dict[str, Callable[[int], Any]], steps: int) -> dict[
         step(0)  # warm-up: allocations, and our first masks
     for number in range(1, steps + 1):
         for name, step in contestants.items():
-            began = _now()
+            began = now()
             step(number)
-            seconds[name].append(_now() - began)
+            seconds[name].append(now() - began)
     return seconds
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def _bare_tokenizer() -> Any:

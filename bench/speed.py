@@ -112,7 +112,8 @@ def generation_rows(quick: bool) -> list[Row]:
             1.5,
             True,
             f"{found[case]['tokens_per_second']['ours']:,.0f} against "
-            f"{found[case]['tokens_per_second']['pipeline']:,.0f} tokens/s ({load.prompts} prompts "
+            f"{found[case]['tokens_per_second']['pipeline']:,.0f} tokens/s "
+            f"({found[case]['clock']}, {load.prompts} prompts "
             f"of {load.shortest} to {load.longest} tokens, batches of {load.batch_size}, "
             f"{load.threads} threads, {_millions(found)}; equal answers: "
             f"{found[case]['equal_answers']})",

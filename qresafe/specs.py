@@ -133,9 +133,25 @@ class LlmQatSpec(Spec):
 QuantizeSpec = Annotated[RtnSpec | BnbSpec | LlmQatSpec, Field(discriminator="method")]
 
 
+class TeacherSpec(Spec):
+    """Who gives the answers y_w instead of W: another model, or an OpenAI-compatible endpoint."""
+
+    model: ModelSpec | None = None
+    endpoint: str | None = None  # base URL of a server, e.g. http://127.0.0.1:8000/v1
+    endpoint_model: str | None = None
+    system_prompt: str | None = None  # of the teacher alone; the patched model learns without it
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TeacherSpec:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError("give either a model or an endpoint, one of the two")
+        return self
+
+
 class PairsSpec(Spec):
     """The calibration pool: how many prompts of each kind W and Q0 answer."""
 
+    teacher: TeacherSpec | None = None  # None: W itself
     harmful: Count = 300
     benign: Count = 300
     borderline: Count = 300
@@ -207,14 +223,16 @@ class ChangeSpec(Spec):
 
 
 class PatchSpec(Spec):
-    """The safety patch: masked LoRA on Q0's grid."""
+    """The safety patch: masked LoRA on Q0's grid, or a usual repair to compare it with."""
 
+    # dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no objective, mask or grid.
+    method: Literal["masked_lora", "dpo", "sft"] = "masked_lora"
     objective: ObjectiveSpec = ObjectiveSpec()
     mask: MaskSpec = MaskSpec()
     through_grid: bool = True  # straight-through rounding in the forward pass
     rank: AtLeastOne = 16
     alpha: Positive = 32.0
-    lr: Positive = 5e-4
+    lr: Positive = 3e-4
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0

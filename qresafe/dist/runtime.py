@@ -86,6 +86,9 @@ class RayRuntime:
         if not resources.gpus_per_worker:  # imports overlap with what the driver does next
             self._stable.warm.remote(here, min(resources.workers, os.cpu_count() or 1))
 
+    def check(self) -> None:
+        self.wait_for(self._resources.workers)
+
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
     ) -> Spent:
@@ -147,11 +150,16 @@ def wait_for(wanted: ResourcesSpec, workers: int, *, patient: bool) -> None:
     Raises:
         ResourceError: It is not large enough after `wait_seconds`.
     """
-    deadline = time.monotonic() + (wanted.wait_seconds if patient else 0)
-    while (places := count_places(wanted)) < workers:
-        if time.monotonic() >= deadline:
-            raise _too_small(wanted, workers, places)
-        time.sleep(1)
+    if (places := count_places(wanted)) >= workers:
+        return
+    if not patient:
+        raise _too_small(wanted, workers, places)
+    deadline = time.monotonic() + wanted.wait_seconds
+    with _demanded(wanted, workers):
+        while (places := count_places(wanted)) < workers:
+            if time.monotonic() >= deadline:
+                raise _too_small(wanted, workers, places)
+            time.sleep(1)
 
 
 def connect(address: str | None) -> None:
@@ -190,6 +198,20 @@ def _hushed() -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+@contextmanager
+def _demanded(wanted: ResourcesSpec, workers: int) -> Iterator[None]:
+    """Ask the cluster's autoscaler, if it has one, for room; it sees no demand from waiting."""
+    from ray.autoscaler.sdk import request_resources
+
+    each = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
+    bundle = {name: amount for name, amount in each.items() if amount}
+    request_resources(bundles=[bundle] * workers)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
 
 
 def count_places(wanted: ResourcesSpec) -> int:

@@ -35,13 +35,13 @@ class Recipe:
     max_positions: int = 512
     initializer_range: float = 0.05
     helpful_chats: int = 33600
-    helpful_steps: int = 700
+    helpful_steps: int = 1000
     helpful_batch: int = 48
     helpful_lr: float = 3e-3
-    refusals: int = 1000
-    helpful_beside: int = 1000
+    refusals: int = 1400
+    helpful_beside: int = 1400
     borderline_share: float = 0.12
-    align_steps: int = 140
+    align_steps: int = 200
     align_batch: int = 32
     align_lr: float = 5e-4
     weight_decay: float = 0.01

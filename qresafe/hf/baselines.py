@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qresafe.errors import DataError
+from qresafe.progress import Progress, Silent
 from qresafe.specs import PatchSpec
 
 PairRow = Mapping[str, Any]  # of `records.PAIR`
+Trained = tuple[Any, list[dict[str, float]]]
 
 
 def dpo(
@@ -20,7 +22,8 @@ def dpo(
     *,
     layers: Sequence[str],
     work: Path,
-) -> Any:
+    progress: Progress | None = None,
+) -> Trained:
     """Train a LoRA adapter by TRL's DPOTrainer on the preference rows and merge it.
 
     Args:
@@ -31,9 +34,10 @@ def dpo(
             same as a patch's.
         layers: Names of the linear layers to adapt: those that Q0 quantized.
         work: Folder for the trainer's files.
+        progress: Advances by steps.
 
     Returns:
-        The model with the adapter merged into its weights.
+        The model with the adapter merged into its weights, and the trainer's log of each step.
 
     Raises:
         DataError: There is no preference row.
@@ -48,7 +52,7 @@ def dpo(
         precompute_ref_log_probs=True,
         max_length=None,
     )
-    return _train(dpo_trainer_class(), arguments, model, tokenizer, data, spec, layers)
+    return _train(dpo_trainer_class(), arguments, model, tokenizer, data, spec, layers, progress)
 
 
 def sft(
@@ -59,7 +63,8 @@ def sft(
     *,
     layers: Sequence[str],
     work: Path,
-) -> Any:
+    progress: Progress | None = None,
+) -> Trained:
     """Train a LoRA adapter by TRL's SFTTrainer on W's answers of all rows and merge it.
 
     Arguments, result and errors are those of `dpo`; the loss is on answer tokens only.
@@ -74,7 +79,7 @@ def sft(
         for row in rows
     ]
     arguments = SFTConfig(**trainer_arguments(spec, len(data), work), max_length=None)
-    return _train(SFTTrainer, arguments, model, tokenizer, data, spec, layers)
+    return _train(SFTTrainer, arguments, model, tokenizer, data, spec, layers, progress)
 
 
 def dpo_trainer_class() -> Any:
@@ -108,7 +113,8 @@ def _train(
     data: list[dict[str, Any]],
     spec: PatchSpec,
     layers: Sequence[str],
-) -> Any:
+    progress: Progress | None,
+) -> Trained:
     from datasets import Dataset
 
     if not data:
@@ -119,9 +125,21 @@ def _train(
         train_dataset=Dataset.from_list(data),
         processing_class=tokenizer,
         peft_config=lora_config(spec, layers),
+        callbacks=[_advancing(progress or Silent())],
     )
     trained.train()
-    return trained.model.merge_and_unload().eval()
+    log = [entry for entry in trained.state.log_history if "loss" in entry]
+    return trained.model.merge_and_unload().eval(), log
+
+
+def _advancing(progress: Progress) -> Any:
+    from transformers import TrainerCallback
+
+    class Advancing(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            progress.advance()
+
+    return Advancing()
 
 
 def trainer_arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
@@ -143,7 +161,8 @@ def trainer_arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
         "use_cpu": not torch.cuda.is_available(),
         "seed": spec.seed,
         "save_strategy": "no",
-        "logging_strategy": "no",
+        "logging_strategy": "steps",
+        "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 from upath import UPath
@@ -20,9 +21,10 @@ from qresafe.hf.models import load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.registry import judges, quantizers
-from qresafe.specs import ExperimentSpec, GenerateSpec
+from qresafe.specs import ExperimentSpec, GenerateSpec, TeacherSpec
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.compare import compare
+from qresafe.stages.endpoint import check_endpoint
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
 from qresafe.stages.judge import judge
@@ -74,6 +76,7 @@ class Experiment:
             judges.get(name)
         asked, pool = check_prompts(self.prompts), check_prompts(self.calibration)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
+        self._check_teacher()
         if leaked := set(asked["prompt"].to_pylist()) & set(pool["prompt"].to_pylist()):
             what = f"{len(leaked)} prompts, {min(leaked)!r} first, are both learned and evaluated"
             remedy = "take them out of pairs.path or out of evaluate.prompts"
@@ -86,10 +89,32 @@ class Experiment:
         return ModelInput.of(resolve(self.spec.model))
 
     @cached_property
-    def tokenizer(self) -> object:
+    def tokenizer(self) -> Any:
         """W's tokenizer, which Q0 shares."""
-        ref = self.teacher.ref
-        return load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
+        return _tokenizer(self.teacher)
+
+    @cached_property
+    def answerer(self) -> ModelInput | None:
+        """The model that gives the answers y_w: W, unless pairs.teacher names another.
+
+        None for an endpoint.
+        """
+        asked = self.spec.pairs.teacher
+        if asked is None:
+            return self.teacher
+        return ModelInput.of(resolve(asked.model)) if asked.model else None
+
+    @cached_property
+    def scorer(self) -> ModelInput | None:
+        """The answerer, if its next-token distributions can be learned from; else None.
+
+        They can where it reads the same tokens, and the same prompts, as Q0.
+        """
+        asked, model = self.spec.pairs.teacher, self.answerer
+        if asked is None or model is None:
+            return model
+        same = _tokenizer(model).get_vocab() == self.tokenizer.get_vocab()
+        return model if same and not asked.system_prompt else None
 
     @cached_property
     def prompts(self) -> pa.Table:
@@ -134,7 +159,12 @@ class Experiment:
     def quantized(self) -> Artifact:
         """Q0 and, if the method fine-tunes, its full-precision control."""
         made = quantize(
-            self.run, self.teacher, self.spec.quantize, self.progress, control=self.spec.control
+            self.run,
+            self.teacher,
+            self.spec.quantize,
+            self.progress,
+            control=self.spec.control,
+            check=self.runtime.check,
         )
         return self._note("quantize", made)
 
@@ -143,10 +173,10 @@ class Experiment:
         """The training rows (x, y_w, y_l)."""
         made = pairs(
             self.run,
-            teacher_completions=self.completions(W, CALIBRATION),
+            teacher_completions=self._teacher_completions(),
             q0_completions=self.completions(Q0, CALIBRATION),
             tokenizer=self.tokenizer,
-            teacher=self.teacher,
+            teacher=self.scorer,
             spec=self.spec.pairs,
             runtime=self.runtime,
             progress=self.progress,
@@ -240,6 +270,37 @@ class Experiment:
         )
         return self._note("report", report(self.run, given, self.progress))
 
+    def _teacher_completions(self) -> Artifact:
+        """The answers y_w to the calibration prompts."""
+        if self.spec.pairs.teacher is None:
+            return self.completions(W, CALIBRATION)
+        made = generate(
+            self.run,
+            label=f"teacher on {CALIBRATION}",
+            model=self.answerer,
+            prompts=self.calibration,
+            spec=self._teacher_generation(self.spec.pairs.teacher),
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        return self._note(f"generate teacher {CALIBRATION}", made)
+
+    def _teacher_generation(self, teacher: TeacherSpec) -> GenerateSpec:
+        spec = self._generation(CALIBRATION).model_dump() | {"system_prompt": teacher.system_prompt}
+        if teacher.endpoint:
+            server = {"endpoint": teacher.endpoint, "endpoint_model": teacher.endpoint_model}
+            spec |= {"engine": "openai"} | server
+        return GenerateSpec.model_validate(spec)
+
+    def _check_teacher(self) -> None:
+        teacher, patch = self.spec.pairs.teacher, self.spec.patch
+        if patch.method == "masked_lora" and patch.objective.kl > 0 and self.scorer is None:
+            what = "the kl term needs the teacher's token distributions, and this teacher has none"
+            remedy = "set patch.objective={nll: 1, anchor: 1, kl: 0}, or another teacher"
+            raise SpecError(what, where="pairs.teacher", remedy=remedy)
+        if teacher and teacher.endpoint:
+            check_endpoint(self._teacher_generation(teacher))
+
     def _require_own_answers(self, arm: str) -> None:
         if arm != W and self.spec.evaluate.generate.engine == "openai":
             what = f"engine 'openai' asks its endpoint, so {arm} would not be what answers"
@@ -261,3 +322,7 @@ class Experiment:
         if all(artifact.path != other.path for _, other in self.stages):
             self.stages.append((name, artifact))
         return artifact
+
+
+def _tokenizer(model: ModelInput) -> Any:
+    return load_tokenizer(model.ref.path, trust_remote_code=model.ref.trust_remote_code)

@@ -92,7 +92,8 @@ def pairs(
         teacher_completions: W's answers to the calibration prompts (the generate stage).
         q0_completions: Q0's.
         tokenizer: The models' tokenizer, which renders the prompts.
-        teacher: W itself; None where only its answers are at hand (an endpoint), which leaves no
+        teacher: The model that gave the first answers, if it speaks in Q0's tokens; None where
+            only its texts are of use (an endpoint, another tokenizer), which leaves no
             distributions for the `kl` term.
         spec: What is kept, and by which judge.
         runtime: Computes the teacher's distributions.
@@ -106,6 +107,8 @@ def pairs(
         teacher_rows, q0_rows = _completions(teacher_completions), _completions(q0_completions)
         rows, counts = select(teacher_rows, q0_rows, spec, _judge(spec.judge))
         progress.start("pairs", len(rows), "rows")
+        if teacher is None:
+            rows = [row | {"chosen_ids": []} for row in rows]
         tokenize(rows, tokenizer)
         if teacher is not None and spec.teacher_tokens:
             parts = folder / "work" / "parts"

@@ -1,4 +1,4 @@
-"""Stage: train the safety patch of Q0 (paper Algorithm 1), here or on a cluster."""
+"""Stage: train the safety patch of Q0 (paper Algorithm 1), here or on a cluster; or a baseline."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
+from qresafe.stages.baseline import BaselineJob
 from qresafe.stages.patch_data import Pool
 from qresafe.stages.probe import Probe
 from qresafe.stages.runtime import Runtime, read_table
@@ -48,7 +49,7 @@ class PatchJob:
         from qresafe.hf.checkpoint import load_dense
         from qresafe.stages.patch_loop import PatchInputs, train_patch
 
-        pool = self.pool()  # first: it is what a user's mistake shows in
+        pool = self.rows()  # first: it is what a user's mistake shows in
         path = self.q0.ref.on_this_machine().path
         model, quantized = load_dense(path)
         inputs = PatchInputs(model, quantized, pool)
@@ -60,7 +61,7 @@ class PatchJob:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.run(LocalEngine(device), folder, progress)
 
-    def pool(self) -> Pool:
+    def rows(self) -> Pool:
         """Read the training rows."""
         reference = read_table(UPath(self.reference)) if self.reference else None
         return Pool(read_table(UPath(self.pairs)), reference, self.spec.objective)
@@ -102,13 +103,15 @@ def patch(
     def work(folder: UPath) -> Mapping[str, Any]:
         from qresafe.stages.patch_data import total_steps
 
-        where = str(reference.path / "reference.parquet") if reference else None
-        job = PatchJob(q0, str(pairs.path / "pairs.parquet"), where, spec, probe)
+        job = _job(q0, pairs, reference, spec, probe)
         if start is not None:
             patch_state.adopt(folder, start)
-        progress.start("patch", total_steps(len(job.pool()), spec), "steps")
+        progress.start("patch", total_steps(len(job.rows()), spec), "steps")
         began = time.perf_counter()
-        runtime.train(job, folder, progress)
+        if isinstance(job, PatchJob):
+            runtime.train(job, folder, progress)
+        else:
+            job.run_local(folder, progress)
         counts = summary(folder)
         # What was not a step: processes, imports, loading Q0. A resumed run did fewer steps.
         spent = time.perf_counter() - began - counts["seconds"]
@@ -140,7 +143,23 @@ def key_spec(spec: PatchSpec) -> dict[str, Any]:
 
 def needs_reference(spec: PatchSpec) -> bool:
     """Return whether a patch with this spec reads Q0's own log-probs of the answers."""
+    if spec.method != "masked_lora":
+        return False  # TRL takes its own
     return spec.objective.dpo > 0 or (spec.mask.score == "snip" and spec.mask.loss == "dpo")
+
+
+def _job(
+    q0: ModelInput,
+    pairs: Artifact,
+    reference: Artifact | None,
+    spec: PatchSpec,
+    probe: Probe | None,
+) -> PatchJob | BaselineJob:
+    rows = str(pairs.path / "pairs.parquet")
+    if spec.method != "masked_lora":
+        return BaselineJob(q0, rows, spec)
+    where = str(reference.path / "reference.parquet") if reference else None
+    return PatchJob(q0, rows, where, spec, probe)
 
 
 def summary(folder: UPath) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def write_results(
     write_tensors(folder / "masks.safetensors", masks, {"shapes": json.dumps(shapes)})
     write_tensors(folder / "codes.safetensors", codes)
     write_tensors(folder / "delta.safetensors", delta)
+    write_history(folder, history)
+
+
+def write_history(folder: UPath, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write history.jsonl: one line per step."""
     write_text(folder / "history.jsonl", "".join(json.dumps(r) + "\n" for r in history))
 
 

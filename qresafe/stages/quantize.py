@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def quantize(
     progress: Progress | None = None,
     *,
     control: bool = True,
+    check: Callable[[], None] | None = None,
 ) -> Artifact:
     """Quantize a model into `checkpoint/`, which plain transformers loads.
 
@@ -36,6 +37,7 @@ def quantize(
         progress: Is told of layers or steps done.
         control: Also make `control/`: the same fine-tuning in full precision, where the method
             fine-tunes.
+        check: Called before any work; it raises if later stages would have no room to run.
 
     Raises:
         UserError: What the method says of the model or its calibration data.
@@ -44,6 +46,8 @@ def quantize(
     source = model.ref.on_this_machine()
 
     def work(folder: UPath) -> Mapping[str, Any]:
+        if check:
+            check()
         method = quantizers.get(spec.method)
         with built_locally(folder) as target:
             made = method(source.path, target, spec, control=control, progress=shown)

@@ -70,6 +70,13 @@ class Runtime(Protocol):
 
     startup_seconds: float
 
+    def check(self) -> None:
+        """Find out before any work whether there is room for the workers that it will ask for.
+
+        Raises:
+            ResourceError: There is not.
+        """
+
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
     ) -> Spent:
@@ -98,6 +105,9 @@ class InProcessRuntime:
         self.device, self.threads = device, threads
         self.startup_seconds = 0.0
 
+    def check(self) -> None:
+        """This process is all that is asked for."""
+
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
     ) -> Spent:
@@ -111,7 +121,8 @@ class InProcessRuntime:
         return tally.spent()
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
-        job.run_local(folder, progress)
+        with cpu_threads(self.threads):
+            job.run_local(folder, progress)
 
     def close(self) -> None:
         """Nothing outlives a call here."""

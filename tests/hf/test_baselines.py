@@ -100,7 +100,8 @@ def test_baseline_changes_the_adapted_layers_only(
     model = tiny_model()
     layers = list(quantize_in_place(model))[:3]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    merged = method(model, tokenizer, preference_rows(), SPEC, layers=layers, work=tmp_path)
+    merged, log = method(model, tokenizer, preference_rows(), SPEC, layers=layers, work=tmp_path)
+    assert len(log) == SPEC.steps
     after = merged.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.weight" for name in layers}
