@@ -150,7 +150,9 @@ class Search:
 
         A search with a larger budget, or on another machine, is the same search.
         """
-        spec = self.spec.model_dump(mode="json", exclude={"confirm", "trackers", "name", "set"})
+        resolved = {"base", "set", "validation"}  # they are in the experiment below
+        without = {"name", "confirm", "trackers"} | resolved
+        spec = self.spec.model_dump(mode="json", exclude=without)
         spec["budget"] = self.spec.budget.trials if self.spec.scheduler.name == "pbt" else None
         spec["searcher"]["lag"] = self.spec.lag
         base = self.validation.model_dump(mode="json", exclude={"name", "storage", "resources"})

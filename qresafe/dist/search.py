@@ -56,13 +56,12 @@ RETRIES = 2  # of a trial whose process or node was lost; it goes on from its ow
 @contextmanager
 def session(search: Search, progress: Progress) -> Iterator[Runtime]:
     """Give the runtime of the stages that trials share, with a Ray session for the trials."""
-    resources = search.validation.resources
     progress.start("start Ray")
     opened = not ray.is_initialized()
     if opened:
-        runtimes.connect(resources.address)
+        runtimes.connect(search.validation.resources.address)
     try:
-        with closing(runtimes.make_runtime(resources)) as runtime:
+        with closing(runtimes.make_runtime(search.validation.resources)) as runtime:
             progress.finish()
             yield runtime
     finally:
@@ -83,7 +82,8 @@ def run_search(search: Search, progress: Progress) -> UPath:
     """
     folder = search_folder(search)
     with locked(folder), session(search, progress) as runtime:
-        queue = run_trials(search, runtime, progress)
+        with closing(Sharing(search, runtime, progress)) as sharing:
+            queue = run_trials(search, sharing, progress)
         rows = queue.ordered()
         best = write_results(search, rows)
         reason = queue.stop_reason()
@@ -98,15 +98,20 @@ def run_search(search: Search, progress: Progress) -> UPath:
     return folder
 
 
-def run_trials(search: Search, runtime: Runtime, progress: Progress) -> TrialQueue:
+def run_trials(search: Search, sharing: Sharing, progress: Progress) -> TrialQueue:
     """Run all trials that have not ended yet; their rows lie in the search's folder."""
     folder = search_folder(search)
-    slots = places(search)
-    sharing = Sharing(search, runtime, progress)
     queue = TrialQueue(search, Ledger(folder), sharing.ready)
     if (folder / STOPPED).exists():
         queue.forget_failures()
         (folder / STOPPED).unlink()
+    if queue.finished():
+        queue.next()  # takes in all rows
+        progress.start("search", queue.total, "trials")
+        progress.finish(f"{len(queue.rows)} trials", reused=True)
+        return queue
+    slots = places(search)
+    sharing.begin()
     _tune(search, queue, slots, folder, progress)
     return queue
 
@@ -131,14 +136,21 @@ class Sharing:
     """
 
     def __init__(self, search: Search, runtime: Runtime, progress: Progress) -> None:
-        self._runtime = runtime
+        self._base, self._runtime, self._progress = search.validation, runtime, progress
         self._thread = ThreadPoolExecutor(1)
         self._made: dict[tuple[str, bool], Future[None]] = {}
-        share_stages(Experiment(search.validation, runtime, progress))
+
+    def begin(self) -> None:
+        """Make the base's stages."""
+        share_stages(Experiment(self._base, self._runtime, self._progress))
         shelf().clear()  # trials may need the memory
         done: Future[None] = Future()
         done.set_result(None)
-        self._made[self._key(search.validation)] = done
+        self._made[self._key(self._base)] = done
+
+    def close(self) -> None:
+        """Begin nothing new, and wait for what is being made."""
+        self._thread.shutdown(cancel_futures=True)
 
     def ready(self, spec: ExperimentSpec) -> bool:
         """Return whether a trial's shared stages are there; begin to make them if not.

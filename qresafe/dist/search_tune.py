@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -149,10 +150,10 @@ class Recorder(Callback):  # type: ignore[misc]
 
 def lost(trial: Trial) -> tuple[str, str]:
     """Return the kind of a trial's end that its own process could not tell of, and a line."""
-    text = trial.error_file and open(trial.error_file).read() or ""
+    text = Path(trial.error_file).read_text() if trial.error_file else ""
     if "OutOfMemory" in text or "out of memory" in text.lower():
         return "out of memory", "the trial's process was killed for want of memory"
-    if "ActorDied" in text or "ActorUnavailable" in text or "NodeDied" in text:
-        return "killed", "the trial's process died again and again"
+    if "actor died" in text.lower() or "actor is dead" in text.lower():
+        return "killed", "the trial's process or node was lost again and again"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "error", (lines[-1][:300] if lines else "the trial ended without a word")

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray import cloudpickle
 
 from qresafe.artifacts import Run
 from qresafe.dist.search import locked, run_search
@@ -239,3 +240,76 @@ def test_two_drivers_do_not_run_one_search(tmp_path: Path, tiny_llama: Path) -> 
     search = load_search(write_space(tmp_path, tiny_llama))
     with locked(search_folder(search)), pytest.raises(ResourceError, match="running already"):
         run_search(search, Silent())
+
+
+# ---------------------------------------------------------------- trials that die
+
+
+def dying(mark: Path, index: int, times: int, real: Any) -> Any:
+    """Return `make_trainable` whose trial `index` kills its own process so many times."""
+
+    def make(search: Search) -> Any:
+        trainable = real(search)
+
+        def deadly(config: dict[str, Any]) -> None:
+            if config["trial"] == index:
+                deaths = len(mark.read_text()) if mark.exists() else 0
+                if deaths < times:
+                    mark.write_text("x" * (deaths + 1))
+                    os.kill(os.getpid(), signal.SIGKILL)
+            trainable(config)
+
+        return deadly
+
+    return make
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_trial_whose_process_dies(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    from qresafe.dist import search as module
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    real = module.make_trainable
+    monkeypatch.setattr(module, "make_trainable", dying(tmp_path / "mark", 1, times, real))
+    path = write_space(tmp_path, tiny_llama, budget={"trials": 3, "concurrent": 1})
+    search = load_search(path)
+    run_search(search, Silent())
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    rows = list(Ledger(search_folder(search)).read().values())
+    expected = "completed" if times == 1 else "failed"  # it is tried again twice
+    assert [row.status for row in rows] == ["completed", expected, "completed"]
+    if times == 3:
+        assert (rows[1].kind, rows[1].reason) == (
+            "killed",
+            "the trial's process or node was lost again and again",
+        )
+
+
+# ---------------------------------------------------------------- trackers
+
+
+def test_mlflow_and_tensorboard_hear_of_every_trial(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    path = write_space(
+        tmp_path,
+        tiny_llama,
+        budget={"trials": 3, "concurrent": 1},
+        trackers=["mlflow", "tensorboard"],
+    )
+    search, table = searched(path)
+    folder = search_folder(search)
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    found = {int(run.data.params["trial"]): run.data.metrics for run in runs}
+    assert sorted(found) == [0, 1, 2]
+    for index, value in zip(table["trial"].to_pylist(), table["over_refusal"].to_pylist(),
+                            strict=True):  # fmt: skip
+        assert found[index]["over_refusal"] == pytest.approx(value)
+    events = list(Path(str(folder / "tensorboard")).rglob("events.out.tfevents.*"))
+    assert len(events) == 3

@@ -98,6 +98,11 @@ class TrialQueue:
             self._next += 1
         return Pause.END
 
+    def finished(self) -> bool:
+        """Return whether all trials have ended, so that nothing is handed out any more."""
+        other = TrialQueue(self.search, self._ledger, lambda spec: True)
+        return other.next() is Pause.END and other.stop_reason() is None
+
     def record(self, row: Row) -> None:
         """Take in the row of a trial that was handed out, and keep it."""
         self._ledger.write(row)
