@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qresafe.loading import read_yaml
+from qresafe.loading import merged, read_yaml
 
 HERE = Path(__file__).parent
 AXES = ("harmful", "benign", "borderline")
@@ -119,43 +119,21 @@ def measure_rows(rows: Sequence[Row], split: str, storage: str, last_start: floa
 def _experiment(
     preset: str, seed: int, split: str, storage: str, settings: Mapping[str, Any]
 ) -> Any:
-    from qresafe.embedded.build import embedded_model_path
     from qresafe.presets import load_experiment
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
+    from qresafe.stages.seeds import with_seed
+    from qresafe.variants import with_changes
 
-    spec = load_experiment(preset).model_dump(mode="json")
-    if "method" in settings.get("quantize", {}):
-        spec["quantize"] = {}  # another method has other keys
-    seeds: dict[str, Any] = {"pairs": {"seed": seed}, "patch": {"seed": seed}}
-    if settings.get("quantize", {}).get("method", "llm_qat") == "llm_qat":
-        seeds["quantize"] = {"seed": seed}
     own = {
         "name": f"seed{seed}",
         "storage": storage,
-        "model": {"path": str(embedded_model_path(seed))},
         "evaluate": {"prompts": [{"axis": axis, "split": split} for axis in AXES]},
         "resources": {"workers": 0},
     }
     given = {key: value for key, value in settings.items() if key != "label"}
-    if isinstance(given.get("patch", {}).get("objective"), str):
-        spec["patch"].pop("objective")
-    if "calibration" in given.get("quantize", {}):
-        spec["quantize"].pop("calibration")  # its size depends on the risk level
-    for part in (seeds, own, given):
-        spec = merged(spec, part)
-    from qresafe.specs import ExperimentSpec
-
-    return Experiment(ExperimentSpec.model_validate(spec), InProcessRuntime())
-
-
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with the keys of `over`, mapping by mapping."""
-    result = dict(base)
-    for key, value in over.items():
-        mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merged(result[key], value) if mappings else value
-    return result
+    spec = with_changes(load_experiment(preset), merged(own, given))
+    return Experiment(with_seed(spec, seed), InProcessRuntime())
 
 
 def measure(experiment: Any, scenario: str, label: str, arm: str) -> Cell:

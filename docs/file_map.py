@@ -22,6 +22,7 @@ PARTS = {
     "qresafe/benchmarks": "one file per prompt set",
     "qresafe/judges": "one file per judge",
     "qresafe/stages": "W → Q0 → pairs → patch → export → compare → report, plain Python",
+    "qresafe/stages/search": "the parts of a search that need no Ray",
     "qresafe/dist": "the only place with ray and deepspeed",
     "qresafe/commands": "what `qresafe` can be told to do",
     "ray_jobs": "entry points for `ray job submit`",

@@ -20,6 +20,7 @@ from qresafe.commands import (
     judge_models,
     judging,
     patch,
+    search,
 )
 from qresafe.commands.launch import launch
 
@@ -36,7 +37,12 @@ STAGES = "Stages: each runs what it needs before it, and reuses what is finished
 MACHINE = "This machine"
 
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    EXPERIMENTS: {"demo": experiment.demo, "run": experiment.run, "show": experiment.show},
+    EXPERIMENTS: {
+        "demo": experiment.demo,
+        "run": experiment.run,
+        "show": experiment.show,
+        "search": search.search,
+    },
     STAGES: {
         "quantize": experiment.quantize,
         "generate": experiment.generate,

@@ -48,6 +48,10 @@ class ResourceError(UserError):
     """The machine or cluster has too little of something (memory, disk, GPUs, a token)."""
 
 
+class DivergedError(UserError):
+    """Training left the finite numbers."""
+
+
 class CorruptArtifactError(UserError):
     """A stored artefact does not match the hash in its manifest."""
 

@@ -138,7 +138,43 @@ def _explain(
     return SpecError(f"{key or 'spec'}: {message}{shown}", where=where)
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the keys of `over`, mapping by mapping."""
+    result = dict(base)
+    for key, value in over.items():
+        mappings = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if mappings else value
+    return result
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"a": {"b": 1}} for {"a.b": 1}: dotted keys as the mapping that a spec takes."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        result = merged(result, value)
+    return result
+
+
+def value_types(kind: type[BaseModel], key: str) -> set[type]:
+    """Return the plain types that a dotted key of a spec accepts; empty for an unknown key."""
+    *parents, leaf = key.split(".")
+    fields = [k.model_fields[leaf] for k in _kinds_at(kind, parents) if leaf in k.model_fields]
+    return {found for field in fields for found in _plain_types(field.annotation)}
+
+
+def _plain_types(annotation: Any) -> set[type]:
+    if isinstance(annotation, type):
+        return {annotation}
+    return {found for part in get_args(annotation) for found in _plain_types(part)}
+
+
 def _keys_at(kind: type[BaseModel], path: list[str]) -> set[str]:
+    return {name for k in _kinds_at(kind, path) for name in k.model_fields}
+
+
+def _kinds_at(kind: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     kinds: list[type[BaseModel]] = [kind]
     for part in path:
         if part.isdigit():  # a place in a list
@@ -148,8 +184,9 @@ def _keys_at(kind: type[BaseModel], path: list[str]) -> set[str]:
             kinds = tagged
             continue
         fields = [k.model_fields[part] for k in kinds if part in k.model_fields]
-        kinds = [c for f in fields for c in _models_in(f.annotation)]
-    return {name for k in kinds for name in k.model_fields}
+        if fields:  # else it is a key of a mapping, or a place in a list, of these kinds
+            kinds = [c for f in fields for c in _models_in(f.annotation)]
+    return kinds
 
 
 def _tag(kind: type[BaseModel]) -> str | None:

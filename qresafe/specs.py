@@ -223,6 +223,14 @@ class ObjectiveSpec(Spec):
         return self
 
 
+class ChangeSpec(Spec):
+    """New values from a step on, as population-based training finds them."""
+
+    at: AtLeastOne  # steps done before the change
+    lr: Positive | None = None
+    beta: Positive | None = None
+
+
 class PatchSpec(Spec):
     """The safety patch: masked LoRA on Q0's grid, or a usual repair to compare it with."""
 
@@ -237,6 +245,7 @@ class PatchSpec(Spec):
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0
+    changes: tuple[ChangeSpec, ...] = ()  # of lr and objective.beta while training
     steps: AtLeastOne | None = 100  # None: `epochs` passes over the pairs
     epochs: Positive = 1.0
     batch_size: AtLeastOne = 56  # rows per optimizer step, over all workers

@@ -14,7 +14,7 @@ from qresafe.commands.options import Name, Overrides, Storage, Workers, experime
 from qresafe.presets import preset_names
 from qresafe.specs import ExperimentSpec
 
-__all__ = ["Name", "Overrides", "Preset", "Storage", "Workers", "job_experiment"]
+__all__ = ["Name", "Overrides", "Preset", "Storage", "Workers", "job_experiment", "job_storage"]
 
 Preset = Annotated[
     str,
@@ -29,13 +29,17 @@ def job_experiment(
     storage: str | None,
     name: str | None,
 ) -> ExperimentSpec:
-    """Return the experiment of a job, with a storage outside the job's working directory.
-
-    That directory is a copy that Ray deletes: a relative storage is put under $QRESAFE_STORAGE,
-    or ~/qresafe.
-    """
+    """Return the experiment of a job, with a storage outside the job's working directory."""
     spec = experiment(preset, overrides, workers=workers, storage=storage, name=name)
-    if not is_local(UPath(spec.storage)):
-        return spec
+    return spec.model_copy(update={"storage": job_storage(spec.storage)})
+
+
+def job_storage(storage: str) -> str:
+    """Return a storage that outlives a job's working directory, a copy that Ray deletes.
+
+    A relative folder is put under $QRESAFE_STORAGE, or ~/qresafe; a URL stays.
+    """
+    if not is_local(UPath(storage)):
+        return storage
     root = Path(os.environ.get("QRESAFE_STORAGE") or "~/qresafe").expanduser()
-    return spec.model_copy(update={"storage": str(root / Path(spec.storage).expanduser())})
+    return str(root / Path(storage).expanduser())

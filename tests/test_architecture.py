@@ -21,6 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # where the row says so. A unit is a package or a module of `qresafe`.
 LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "progress", "presets"}
 LEAVES |= {"storage", "jsonl", "qresafe", "chat", "judge_specs", "spec_base"}
+LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants"}
 ROWS: list[set[str]] = [
     LEAVES,
     {"core"},
@@ -42,6 +43,7 @@ OWNERS = {
     "bitsandbytes": {"hf"},
     "compressed_tensors": {"hf"},
     "datasets": {"hf"},
+    "optuna": {"stages"},
     "llmcompressor": set(),
     "lm_eval": {"hf"},
     "openai": {"chat"},

@@ -31,6 +31,7 @@ COMMANDS = [
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
     *(["score"], ["score", "mt-bench"], ["score", "alpaca-eval"]),
+    ["search"],
 ]
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "datasets", "pyarrow", "numpy", "scipy"]
 HEAVY += ["pandas", "matplotlib", "huggingface_hub"]

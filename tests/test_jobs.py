@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,15 @@ class Cluster:
     folder: Path
     env: dict[str, str]
 
-    def submit(self, *entry: str, **env: str) -> subprocess.CompletedProcess[str]:
-        command = [RAY, "job", "submit", "--address", self.address, "--working-dir", "."]
+    def submit(
+        self, *entry: str, options: Sequence[str] = (), **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        upload = ["submit", "--working-dir", ".", *options]
+        return self.job(*upload, "--", "python", "-m", *entry, **env)
+
+    def job(self, command: str, *more: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, "--", "python", "-m", *entry],
+            [RAY, "job", command, "--address", self.address, *more],
             cwd=ROOT,
             env=self.env | env,
             capture_output=True,
@@ -136,6 +141,54 @@ def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
     assert '"reused": false' not in again.stdout
 
 
+SEARCH = {
+    "name": "tiny-job",
+    "base": "cpu-smoke",
+    "set": {
+        "control": False,
+        "resources.workers": 0,
+        "patch.checkpoint_every": 1,
+        "evaluate.prompts": [{"axis": a, "limit": 8} for a in ("harmful", "benign", "borderline")],
+    },
+    "space": {"patch.mask.tau": {"uniform": [0.1, 1.0]}},
+    "budget": {"trials": 5, "concurrent": 1},
+    "probe": {"every": 3, "prompts": 8},
+    "confirm": [],
+}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(560)
+def test_a_search_as_a_job_is_followed_stopped_and_resumed(cluster: Cluster) -> None:
+    space, storage = cluster.folder / "space.yaml", cluster.folder / "searches"
+    space.write_text(json.dumps(SEARCH))  # JSON is YAML
+    options = ["--space", str(space), "--storage", str(storage)]
+    background = ["--no-wait", "--submission-id", "first"]
+    begun = cluster.submit("ray_jobs.search_patch", *options, options=background)
+    assert begun.returncode == 0, begun.stdout + begun.stderr
+
+    deadline = time.monotonic() + 300
+    while not list(storage.rglob("trials/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    # Another terminal that knows the folder sees the trials so far.
+    show = ["search", str(space), "--storage", str(storage), "--show", "--json"]
+    seen = subprocess.run(
+        [sys.executable, "-m", "qresafe.cli", *show], cwd=ROOT, capture_output=True, text=True
+    )
+    assert seen.returncode == 0, seen.stderr
+    ended = json.loads(seen.stdout)["ended"]
+    assert ended >= 1
+    stopped = cluster.job("stop", "first")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert "STOPPED" in cluster.job("status", "first").stdout.upper()
+
+    resumed = cluster.submit("ray_jobs.search_patch", *options, "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    (table,) = storage.glob("runs/tiny-job/search/*/trials.parquet")
+    assert '"ended": 5' in resumed.stdout
+    assert (table.parent / "best.yaml").exists()
+
+
 @pytest.mark.ray
 def test_a_mistake_fails_the_job_in_one_sentence(cluster: Cluster) -> None:
     job = cluster.submit("ray_jobs.run_experiment", "--preset", "cpu-smok")
@@ -168,8 +221,11 @@ def test_a_job_keeps_its_results_outside_of_its_working_directory(
     assert storage(None) == str(Path.home() / "qresafe")
 
 
-@pytest.mark.parametrize("module", ["run_experiment", "run_stage"])
-def test_entry_points_run_as_modules(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "option"),
+    [("run_experiment", "--preset"), ("run_stage", "--preset"), ("search_patch", "--space")],
+)
+def test_entry_points_run_as_modules(module: str, option: str) -> None:
     found = subprocess.run(
         [sys.executable, "-m", f"ray_jobs.{module}", "--help"],
         cwd=ROOT,
@@ -177,4 +233,4 @@ def test_entry_points_run_as_modules(module: str) -> None:
         text=True,
         check=True,
     )
-    assert "--preset" in found.stdout
+    assert option in found.stdout

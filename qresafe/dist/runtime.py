@@ -123,17 +123,7 @@ class RayRuntime:
             ResourceError: It is not after `wait_seconds`; a local cluster does not grow, so
                 nothing is waited for there.
         """
-        wanted = self._resources
-        if (places := count_places(wanted)) >= workers:
-            return
-        if self._opened_locally():
-            raise _too_small(wanted, workers, places)
-        deadline = time.monotonic() + wanted.wait_seconds
-        with _demanded(wanted, workers):
-            while (places := count_places(wanted)) < workers:
-                if time.monotonic() >= deadline:
-                    raise _too_small(wanted, workers, places)
-                time.sleep(1)
+        wait_for(self._resources, workers, patient=not self._opened_locally())
 
     def close(self) -> None:
         """End the engines, and the Ray session if this runtime opened it."""
@@ -142,7 +132,35 @@ class RayRuntime:
             ray.shutdown()
 
     def _opened_locally(self) -> bool:
-        return self._opened and not (self._resources.address or os.environ.get("RAY_ADDRESS"))
+        return self._opened and is_local_address(self._resources.address)
+
+
+def is_local_address(address: str | None) -> bool:
+    """Return whether `connect` would start a local cluster, which does not grow."""
+    return not (address or os.environ.get("RAY_ADDRESS"))
+
+
+def wait_for(wanted: ResourcesSpec, workers: int, *, patient: bool) -> None:
+    """Wait until the cluster is large enough for `workers` workers at a time.
+
+    Args:
+        wanted: What each worker needs, and how long to wait.
+        workers: How many.
+        patient: False does not wait at all.
+
+    Raises:
+        ResourceError: It is not large enough after `wait_seconds`.
+    """
+    if (places := count_places(wanted)) >= workers:
+        return
+    if not patient:
+        raise _too_small(wanted, workers, places)
+    deadline = time.monotonic() + wanted.wait_seconds
+    with _demanded(wanted, workers):
+        while (places := count_places(wanted)) < workers:
+            if time.monotonic() >= deadline:
+                raise _too_small(wanted, workers, places)
+            time.sleep(1)
 
 
 def connect(address: str | None) -> None:

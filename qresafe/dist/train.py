@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError
 from upath import UPath
 
 from qresafe.artifacts import disk_errors, is_local
 from qresafe.dist.board import Board, Posted, shown
+from qresafe.dist.settings import defaults
 from qresafe.errors import ResourceError, UserError
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec, ResourcesSpec
@@ -34,7 +34,13 @@ class RankedJob(Protocol):
         """Train as one rank, continuing from what `folder` holds."""
 
 
-def run(job: TrainJob, folder: UPath, progress: Progress, resources: ResourcesSpec) -> None:
+def run(
+    job: TrainJob,
+    folder: UPath,
+    progress: Progress,
+    resources: ResourcesSpec,
+    callbacks: Sequence[UserCallback] = (),
+) -> None:
     """Run `job` on `resources.workers` Ray Train workers, in the Ray session of this process.
 
     A worker that dies has the whole group restarted, up to three times; it continues from the
@@ -45,6 +51,7 @@ def run(job: TrainJob, folder: UPath, progress: Progress, resources: ResourcesSp
         folder: On storage that all workers share.
         progress: Advances as rank 0 does.
         resources: Number of workers and what each needs.
+        callbacks: Hear of what the workers report to Ray Train.
 
     Raises:
         UserError: What the job raised.
@@ -60,7 +67,7 @@ def run(job: TrainJob, folder: UPath, progress: Progress, resources: ResourcesSp
     }
     try:
         with _settings(resources), shown(board, progress):
-            _trainer(config, folder, resources).fit()
+            _trainer(config, folder, resources, callbacks).fit()
     except TrainingFailedError as error:
         what = " ".join(str(error).split())[-300:]
         remedy = "see the Ray logs of the workers; run again to continue from the last checkpoint"
@@ -94,7 +101,12 @@ def _worker(config: dict[str, Any]) -> None:
             raise
 
 
-def _trainer(config: dict[str, Any], folder: UPath, resources: ResourcesSpec) -> TorchTrainer:
+def _trainer(
+    config: dict[str, Any],
+    folder: UPath,
+    resources: ResourcesSpec,
+    callbacks: Sequence[UserCallback],
+) -> TorchTrainer:
     use_gpu = resources.gpus_per_worker > 0
     each = {"CPU": resources.cpus_per_worker}
     if use_gpu:
@@ -111,29 +123,24 @@ def _trainer(config: dict[str, Any], folder: UPath, resources: ResourcesSpec) ->
             storage_path=str(folder / "work"),
             failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=0),
             logging_config=LoggingConfig("ERROR"),
+            callbacks=list(callbacks),
         ),
     )
 
 
-@contextmanager
-def _settings(resources: ResourcesSpec) -> Iterator[None]:
-    """Set what Ray Train reads from the driver's environment; what the user set stays."""
-    wanted = {
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # fills the logs otherwise
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the directory that paths are relative to
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of training is seen at once
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.wait_seconds),
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        # On one machine there is no other to move to, and a process less to start.
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(len(ray.nodes()) > 1)),
-    }
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
+def _settings(resources: ResourcesSpec) -> AbstractContextManager[None]:
+    """Set what Ray Train reads from the driver's environment."""
+    return defaults(
+        {
+            "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # fills the logs otherwise
+            "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers keep the directory that paths are relative to
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # the end of training is seen at once
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(resources.wait_seconds),
+            "RAY_TRAIN_METRICS_ENABLED": "0",
+            # On one machine there is no other to move to, and a process less to start.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(len(ray.nodes()) > 1)),
+        }
+    )
 
 
 def _error(board: Any) -> UserError | None:

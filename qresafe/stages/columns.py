@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -219,6 +219,23 @@ def read_arm(label: str, completions: Artifact, verdicts: Artifact) -> ArmRows:
             columns.add(row)
     arm = columns.arm(label)
     arm.outcomes.update(_outcomes(arm, read_rows(verdicts.path / VERDICTS, SAID)))
+    return arm
+
+
+def arm_of(label: str, rows: Sequence[Row], outcomes: Mapping[str, Sequence[str]]) -> ArmRows:
+    """Return an arm whose completions are in memory.
+
+    Args:
+        label: The arm's name.
+        rows: Of `records.COMPLETION`.
+        outcomes: Judge -> outcome of every row, in the same order.
+    """
+    columns = _Columns()
+    for row in rows:
+        columns.add(row)
+    arm = columns.arm(label)
+    for judge, said in outcomes.items():
+        arm.outcomes[judge] = np.array([OUTCOMES.index(name) for name in said], np.int8)
     return arm
 
 

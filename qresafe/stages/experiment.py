@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import SpecError, nearest
@@ -36,6 +37,7 @@ from qresafe.stages.harness import harness
 from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
+from qresafe.stages.probe import Probe
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
 from qresafe.stages.quantize import quantize
 from qresafe.stages.reference import reference
@@ -56,12 +58,16 @@ class Experiment:
         runtime: Where batches and training run.
         progress: Told what is going on.
         stages: (name, artefact) of all that was asked for so far, in order.
+        probe: Asked of the patch while it is trained; None: nothing.
+        start: See `patch`.
     """
 
     spec: ExperimentSpec
     runtime: Runtime
     progress: Progress = field(default_factory=Silent)
     stages: list[tuple[str, Artifact]] = field(default_factory=list)
+    probe: Probe | None = None
+    start: UPath | None = None
 
     def __post_init__(self) -> None:
         self.run = Run(self.spec.storage, self.spec.name)
@@ -221,6 +227,8 @@ class Experiment:
             spec=self.spec.patch,
             runtime=self.runtime,
             progress=self.progress,
+            probe=self.probe,
+            start=self.start,
         )
         return self._note("patch", made)
 

@@ -16,8 +16,10 @@ from qresafe.errors import DataError
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
+from qresafe.stages import patch_state
 from qresafe.stages.baseline import BaselineJob
 from qresafe.stages.patch_data import Pool
+from qresafe.stages.probe import Probe
 from qresafe.stages.runtime import Runtime, read_table
 from qresafe.stages.train_engine import LocalEngine, TrainEngine
 
@@ -33,12 +35,14 @@ class PatchJob:
         pairs: Path of pairs.parquet.
         reference: Path of reference.parquet; None where no term needs it.
         spec: All hyper-parameters.
+        probe: Questions that the model answers on the way; they change no trained bit.
     """
 
     q0: ModelInput
     pairs: str
     reference: str | None
     spec: PatchSpec
+    probe: Probe | None = None
 
     def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
         """Train as one rank of `engine`; see `train_patch`."""
@@ -46,8 +50,11 @@ class PatchJob:
         from qresafe.stages.patch_loop import PatchInputs, train_patch
 
         pool = self.rows()  # first: it is what a user's mistake shows in
-        model, quantized = load_dense(self.q0.ref.on_this_machine().path)
-        train_patch(engine, PatchInputs(model, quantized, pool), self.spec, folder, progress)
+        path = self.q0.ref.on_this_machine().path
+        model, quantized = load_dense(path)
+        inputs = PatchInputs(model, quantized, pool)
+        watch = self.probe.watch(path) if self.probe else None
+        train_patch(engine, inputs, self.spec, folder, progress, watch)
 
     def run_local(self, folder: UPath, progress: Progress) -> None:
         """Train in this process, on its GPU if it has one."""
@@ -69,6 +76,8 @@ def patch(
     spec: PatchSpec,
     runtime: Runtime,
     progress: Progress,
+    probe: Probe | None = None,
+    start: UPath | None = None,
 ) -> Artifact:
     """Train the patch and leave adapter, masks, codes, delta and history (`patch_output`).
 
@@ -80,6 +89,9 @@ def patch(
         spec: All hyper-parameters.
         runtime: Trains here or on a cluster.
         progress: Shows the steps.
+        probe: Questions to ask on the way; the answers stand in history.jsonl.
+        start: Folder of a patch whose last step is a step of this one too, to go on from; only
+            time is saved by it.
 
     Raises:
         DataError: No row serves the objective, or reference log-probs are missing.
@@ -91,7 +103,9 @@ def patch(
     def work(folder: UPath) -> Mapping[str, Any]:
         from qresafe.stages.patch_data import total_steps
 
-        job = _job(q0, pairs, reference, spec)
+        job = _job(q0, pairs, reference, spec, probe)
+        if start is not None:
+            patch_state.adopt(folder, start)
         progress.start("patch", total_steps(len(job.rows()), spec), "steps")
         began = time.perf_counter()
         if isinstance(job, PatchJob):
@@ -110,7 +124,7 @@ def patch(
     inputs = {"q0": q0.key, "pairs": pairs.key}
     made = run.stage(
         "patch",
-        spec=spec.model_dump(mode="json", exclude={"checkpoint_every"}),  # no bit depends on it
+        spec=key_spec(spec),
         inputs=inputs | ({"reference": reference.key} if reference else {}),
         code_version=CODE_VERSION,
         work=work,
@@ -121,6 +135,12 @@ def patch(
     return made
 
 
+def key_spec(spec: PatchSpec) -> dict[str, Any]:
+    """Return the part of a patch's spec that its bits depend on."""
+    left_out = {"checkpoint_every"} if spec.changes else {"checkpoint_every", "changes"}
+    return spec.model_dump(mode="json", exclude=left_out)
+
+
 def needs_reference(spec: PatchSpec) -> bool:
     """Return whether a patch with this spec reads Q0's own log-probs of the answers."""
     if spec.method != "masked_lora":
@@ -129,14 +149,17 @@ def needs_reference(spec: PatchSpec) -> bool:
 
 
 def _job(
-    q0: ModelInput, pairs: Artifact, reference: Artifact | None, spec: PatchSpec
+    q0: ModelInput,
+    pairs: Artifact,
+    reference: Artifact | None,
+    spec: PatchSpec,
+    probe: Probe | None,
 ) -> PatchJob | BaselineJob:
     rows = str(pairs.path / "pairs.parquet")
     if spec.method != "masked_lora":
         return BaselineJob(q0, rows, spec)
-    return PatchJob(
-        q0, rows, str(reference.path / "reference.parquet") if reference else None, spec
-    )
+    where = str(reference.path / "reference.parquet") if reference else None
+    return PatchJob(q0, rows, where, spec, probe)
 
 
 def summary(folder: UPath) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from qresafe.core.grids import QuantizedTensor
 from qresafe.core.masked_lora import MaskedLoraLinear, attach
 from qresafe.core.masks import pack_bits, unpack_bits
 from qresafe.core.objectives import objective
-from qresafe.errors import ResourceError, UserError
+from qresafe.errors import DivergedError, ResourceError
 from qresafe.hf.answer_head import AnswerHead
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
@@ -28,7 +28,7 @@ from qresafe.stages import patch_state
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
 from qresafe.stages.patch_loss import term_losses
 from qresafe.stages.patch_mask import renew_masks
-from qresafe.stages.patch_output import codes_changed, write_results
+from qresafe.stages.patch_output import as_exported, codes_changed, write_results
 from qresafe.stages.train_engine import TrainEngine
 
 
@@ -53,6 +53,7 @@ def train_patch(
     spec: PatchSpec,
     folder: UPath,
     progress: Progress,
+    watch: Watch | None = None,
 ) -> None:
     """Train a patch, or continue the one that `folder` holds a checkpoint of.
 
@@ -65,21 +66,44 @@ def train_patch(
         spec: All hyper-parameters.
         folder: Shared between the ranks; checkpoints go to its `work/checkpoints`.
         progress: Advances by steps.
+        watch: Looks at the model every so many steps; it changes no trained bit.
 
     Raises:
-        UserError: The loss or gradient is not finite; the last good checkpoint stays.
+        DivergedError: The loss or gradient is not finite; the last good checkpoint stays.
         ResourceError: The ranks do not see the same folder.
     """
     loop = PatchLoop(engine, inputs, spec)
     loop.resume(folder)
     progress.advance(loop.step, "resumed" if loop.step else "")
+    seen = [record for record in loop.history if "probe" in record]
     while loop.step < loop.steps:
         record = loop.advance()
         progress.advance(1, f"loss {record['loss']:.4f}")
+        if watch and loop.step % watch.every == 0:
+            record["probe"] = loop.look(watch)
+            seen.append(record)
         if loop.step % spec.checkpoint_every == 0 or loop.step == loop.steps:
             loop.save(folder)
+        while watch and seen:  # once it is saved: who is told may end this process
+            watch.tell(seen.pop(0))
     loop.history[-1]["codes_changed"] = codes_changed(engine, loop.layers)
     write_results(engine, loop.layers, loop.history, folder)
+
+
+class Watch(Protocol):
+    """Looks at a model in training.
+
+    Attributes:
+        every: How many steps lie between two looks.
+    """
+
+    every: int
+
+    def look(self, model: Any) -> dict[str, Any]:
+        """Return JSON-able figures of the model; every rank looks, and sees the same."""
+
+    def tell(self, record: Mapping[str, Any]) -> None:
+        """Hear of a step's record with its `probe`; after a restart, of earlier ones again."""
 
 
 class PatchLoop:
@@ -130,6 +154,11 @@ class PatchLoop:
         self.history.append(record)
         return record
 
+    def look(self, watch: Watch) -> dict[str, Any]:
+        """Let `watch` look at the model as its export would be."""
+        with as_exported(self.engine, self.layers):
+            return watch.look(self.model)
+
     def resume(self, folder: UPath) -> None:
         """Continue from the newest whole checkpoint in `folder`, if there is one."""
         found = patch_state.load(folder, self.engine.device)
@@ -169,6 +198,7 @@ class PatchLoop:
         engine, spec = self.engine, self.spec
         indices = batch_at(len(self.pool), spec.batch_size, spec.seed, self.step)
         counts = self.pool.counts(indices)
+        beta = changed(spec.objective.beta, "beta", self.step, spec)
         shares = share(
             indices,
             self.pool.lengths,
@@ -182,7 +212,7 @@ class PatchLoop:
             rows = self.pool.rows(mine or indices[:1])
             batch = collate(rows, spec.objective.kl_tokens).to(engine.device)
             logits = self.head.logits(self.forward, batch.ids, batch.positions)
-            losses = term_losses(logits, batch, spec.objective.beta)
+            losses = term_losses(logits, batch, beta)
             loss, parts = objective(losses, self.pool.weights, counts)
             engine.backward(loss * bool(mine), last=number == len(shares) - 1)
             if mine:
@@ -228,9 +258,18 @@ class PatchLoop:
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             remedy = "lower patch.lr, or raise patch.warmup_steps; checkpoints so far are kept"
-            raise UserError(f"the {what} is {value} at step {self.step + 1}", remedy=remedy)
+            raise DivergedError(f"the {what} is {value} at step {self.step + 1}", remedy=remedy)
 
 
 def learning_rate(step: int, spec: PatchSpec) -> float:
-    """Return the rate of step `step` (from 0): linear warm-up, then constant."""
-    return spec.lr * min(1.0, (step + 1) / max(1, spec.warmup_steps))
+    """Return the rate of step `step` (from 0): linear warm-up, then constant between changes."""
+    return changed(spec.lr, "lr", step, spec) * min(1.0, (step + 1) / max(1, spec.warmup_steps))
+
+
+def changed(start: float, name: str, step: int, spec: PatchSpec) -> float:
+    """Return what `patch.changes` has made of a value by step `step` (from 0)."""
+    for change in sorted(spec.changes, key=lambda change: change.at):
+        value = getattr(change, name)
+        if change.at <= step and value is not None:
+            start = value
+    return start

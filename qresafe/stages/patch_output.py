@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import torch as safetensors
 from torch import Tensor
+from torch.nn import functional as F
 from upath import UPath
 
 from qresafe.artifacts import write_bytes, write_text
@@ -67,6 +70,24 @@ def codes_changed(engine: TrainEngine, layers: Layers) -> float:
         changed += int((layer.codes() != layer.codes0).sum())
         total += layer.codes0.numel()
     return changed / total
+
+
+@contextmanager
+def as_exported(engine: TrainEngine, layers: Layers) -> Iterator[None]:
+    """Let all layers compute with the weights of their exported codes within the block.
+
+    The weights are formed once, not in every forward pass; collective.
+    """
+    try:
+        with torch.no_grad():
+            for _, layer in _gathered(engine, layers):
+                weight = layer.grid.decode(layer.codes()).to(layer.weight.dtype)
+                # An attribute of the instance goes before the class's method.
+                layer.forward = partial(F.linear, weight=weight, bias=layer.bias)  # type: ignore[method-assign]
+            yield
+    finally:
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
 
 
 def write_tensors(

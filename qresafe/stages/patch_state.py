@@ -55,6 +55,16 @@ def load(folder: UPath, device: torch.device) -> tuple[dict[str, Tensor], dict[s
     return None
 
 
+def adopt(folder: UPath, other: UPath) -> None:
+    """Give `folder` the checkpoints of `other`, unless it has its own."""
+    if _newest_first(folder):
+        return
+    for place in reversed(_newest_first(other)):
+        if found := _read(place):
+            tensors, meta = found
+            save(folder, meta["step"], tensors, meta)
+
+
 def _read(place: UPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     try:
         meta = json.loads((place / "meta.json").read_text())

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PAINTS = ("ink", "muted", "rule", "accent", "arm-W", "arm-control", "arm-Q0", "arm-Q", "arm-other")
-_STAND_IN = {name: f"#0a0b{index:02x}" for index, name in enumerate(PAINTS)}
+STAND_IN = {name: f"#0a0b{index:02x}" for index, name in enumerate(PAINTS)}
 WIDTH = 3.6  # inches at 100 dots: a phone's width, so that nothing shrinks there
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -28,13 +28,13 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.facecolor": "none",
     "figure.facecolor": "none",
-    "axes.edgecolor": _STAND_IN["rule"],
-    "axes.labelcolor": _STAND_IN["muted"],
-    "text.color": _STAND_IN["ink"],
-    "xtick.color": _STAND_IN["rule"],
-    "ytick.color": _STAND_IN["rule"],
-    "xtick.labelcolor": _STAND_IN["muted"],
-    "ytick.labelcolor": _STAND_IN["ink"],
+    "axes.edgecolor": STAND_IN["rule"],
+    "axes.labelcolor": STAND_IN["muted"],
+    "text.color": STAND_IN["ink"],
+    "xtick.color": STAND_IN["rule"],
+    "ytick.color": STAND_IN["rule"],
+    "xtick.labelcolor": STAND_IN["muted"],
+    "ytick.labelcolor": STAND_IN["ink"],
     "xtick.major.size": 2.5,
     "ytick.major.size": 0,
 }
@@ -63,9 +63,9 @@ def interval_plot(name: str, dots: Sequence[Dot]) -> str:
     """Draw one row per arm: the share as a dot, its 95 % interval as a bar, from 0 to 100 %."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, 0.42 + 0.235 * len(dots)))
-        axes = figure.add_axes(_inches(figure, left=0.86, right=0.62, bottom=0.3, top=0.06))
+        axes = figure.add_axes(inches(figure, left=0.86, right=0.62, bottom=0.3, top=0.06))
         for place, dot in enumerate(dots):
-            paint = _STAND_IN[dot.paint]
+            paint = STAND_IN[dot.paint]
             axes.plot([100 * dot.low, 100 * dot.high], [place, place], color=paint, lw=4, alpha=0.3)
             axes.plot([100 * dot.share], [place], "o", color=paint, ms=6.5, clip_on=False)
             axes.annotate(
@@ -76,12 +76,12 @@ def interval_plot(name: str, dots: Sequence[Dot]) -> str:
         axes.set_ylim(len(dots) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
-        axes.grid(axis="x", color=_STAND_IN["rule"], lw=0.5)
+        axes.grid(axis="x", color=STAND_IN["rule"], lw=0.5)
         axes.set_axisbelow(True)
         axes.tick_params(axis="y", pad=8)
         axes.spines[["left", "bottom"]].set_visible(False)
         spoken = "; ".join(f"{dot.label} {100 * dot.share:.1f} %" for dot in dots)
-        return _svg(figure, f"{name}: {spoken}")
+        return svg(figure, f"{name}: {spoken}")
 
 
 def line_plot(
@@ -103,20 +103,20 @@ def line_plot(
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, 1.9))
-        axes = figure.add_axes(_inches(figure, left=0.5, right=0.72, bottom=0.4, top=0.1))
+        axes = figure.add_axes(inches(figure, left=0.5, right=0.72, bottom=0.4, top=0.1))
         for line in lines:
             style = "-o" if len(line.xs) < 20 else "-"
-            paint = _STAND_IN[line.paint]
+            paint = STAND_IN[line.paint]
             axes.plot(line.xs, line.ys, style, color=paint, lw=1.4, ms=3.5, clip_on=False)
         axes.set_xlabel(x_label)
         axes.set_ylim(0, top)
         axes.set_xlim(0, right)
-        axes.grid(axis="y", color=_STAND_IN["rule"], lw=0.5)
+        axes.grid(axis="y", color=STAND_IN["rule"], lw=0.5)
         axes.spines[["left"]].set_visible(False)
-        axes.tick_params(axis="y", labelcolor=_STAND_IN["muted"])
+        axes.tick_params(axis="y", labelcolor=STAND_IN["muted"])
         axes.locator_params(axis="both", nbins=5)
         _name_ends(axes, lines)
-        return _svg(figure, name)
+        return svg(figure, name)
 
 
 def heat_plot(
@@ -140,12 +140,12 @@ def heat_plot(
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         height = 0.5 + 0.24 * len(rows)
         figure = Figure(figsize=(WIDTH, height))
-        axes = figure.add_axes(_inches(figure, left=0.8, right=0.05, bottom=0.4, top=0.05))
+        axes = figure.add_axes(inches(figure, left=0.8, right=0.05, bottom=0.4, top=0.05))
         largest = darkest or max(cells.values(), default=0.0) or 1.0
         written = len(columns) <= 8
         for (row, column), share in cells.items():
             box = matplotlib.patches.Rectangle(
-                (column - 0.47, row - 0.46), 0.94, 0.92, lw=0, fc=_STAND_IN["accent"],
+                (column - 0.47, row - 0.46), 0.94, 0.92, lw=0, fc=STAND_IN["accent"],
                 alpha=0.04 + 0.66 * share / largest,
             )  # fmt: skip
             axes.add_patch(box)
@@ -159,10 +159,11 @@ def heat_plot(
         axes.set_xlabel(x_label)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        return _svg(figure, name)
+        return svg(figure, name)
 
 
-def _inches(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> Any:
+def inches(figure: Figure, *, left: float, right: float, bottom: float, top: float) -> Any:
+    """Return the rectangle that leaves these margins, in inches, as matplotlib wants it."""
     width, height = figure.get_size_inches()
     return (
         left / width,
@@ -181,11 +182,17 @@ def _name_ends(axes: Axes, lines: Sequence[Line]) -> None:
         lowest = height
         axes.annotate(
             line.label, (1.03, height), xycoords="axes fraction", va="center",
-            color=_STAND_IN[line.paint],
+            color=STAND_IN[line.paint],
         )  # fmt: skip
 
 
-def _svg(figure: Figure, spoken: str) -> str:
+def svg(figure: Figure, spoken: str) -> str:
+    """Return a figure as SVG that takes its colours and fonts from its page.
+
+    Args:
+        figure: Drawn with the colours of `STAND_IN`.
+        spoken: What it shows, for readers who cannot see it.
+    """
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
@@ -195,7 +202,7 @@ def _svg(figure: Figure, spoken: str) -> str:
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # they repeat from plot to plot
     body = re.sub(r"font-family: [^;\"]+", "font-family: inherit", body)
     body = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font-size: \1", body)
-    for name, stand_in in _STAND_IN.items():
+    for name, stand_in in STAND_IN.items():
         body = body.replace(stand_in, f"var(--{name})")
     label = html.escape(spoken)
     opening = f'<svg class="plot" role="img" aria-label="{label}" {view[0] if view else ""}>'

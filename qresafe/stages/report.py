@@ -133,17 +133,21 @@ def tell(given: ReportInput) -> dict[str, Any]:
 
 def render(shown: Mapping[str, Any]) -> dict[str, str]:
     """Return file name -> text."""
-    # The card is Markdown and holds no completions; everything that ends in .html is escaped.
-    environment = Environment(
+    templates = environment()
+    page = templates.get_template("report.html.jinja").render(shown)
+    card = templates.get_template("model_card.md.jinja").render(shown)
+    return {"report.html": page, "report.json": _json(shown), "model_card.md": card}
+
+
+def environment() -> Environment:
+    """Return the templates: everything that ends in .html is escaped, the Markdown card not."""
+    return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=lambda name: bool(name and ".html" in name),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(shown)
-    card = environment.get_template("model_card.md.jinja").render(shown)
-    return {"report.html": page, "report.json": _json(shown), "model_card.md": card}
 
 
 def _json(shown: Mapping[str, Any]) -> str:
