@@ -241,7 +241,7 @@ class PatchSpec(Spec):
     through_grid: bool = True  # straight-through rounding in the forward pass
     rank: AtLeastOne = 16
     alpha: Positive = 32.0
-    lr: Positive = 3e-4
+    lr: Positive = 5e-4
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0
