@@ -115,8 +115,8 @@ class TrialQueue:
         kind, count = next(iter(self._failures.most_common(1)), ("", 0))
         if count < SAME_FAILURES:
             return None
-        last = [row.reason for row in self.rows.values() if row.kind == kind][-1]
-        return f"{count} trials failed with {kind}, the last one: {last}"
+        reasons = [row.reason or "" for row in self.rows.values() if row.kind == kind]
+        return f"{count} trials failed with {kind}, the last one: {reasons[-1].rstrip('.')}"
 
     def forget_failures(self) -> None:
         """Let the failed trials of an earlier run be tried again."""
