@@ -10,8 +10,8 @@ import typer
 from qresafe.commands.options import AsJson
 
 OWN = {
-    "embedded": "the prompts of the embedded model, by axis and split; shipped",
-    "prompts": "any file of yours: CSV, JSON, Parquet, text, a datasets folder or hub id",
+    "embedded": "all three, split dev or test; shipped",
+    "prompts": "any file of yours, with path",
 }
 
 
@@ -34,5 +34,5 @@ def benchmarks(as_json: AsJson = False) -> None:
         where = (told["hub"] or told["source"]) + (" (gated)" if told["gated"] else "")
         axes = ", ".join([*told["axes"], *(f"subset {one}" for one in told["subsets"])])
         rows.append([name, axes, told["licence"], where, told["citation"]])
-    table(["benchmark", "axes", "licence", "hub id or source", "cite"], rows)
+    table(["benchmark", "axes", "licence", "hub id or source", "cite"], rows, words=True)
     typer.echo("\nNothing is bundled. A set comes from path, else $QRESAFE_<NAME>, else the hub.")
