@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from upath import UPath
 
 from qresafe.errors import CorruptArtifactError, ResourceError
+from qresafe.progress import Progress
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
 
@@ -60,6 +61,13 @@ class Artifact(BaseModel):
     @property
     def key(self) -> str:
         return self.manifest.key
+
+    def shown(self, progress: Progress, name: str) -> Artifact:
+        """Tell `progress` of it if it was found finished; one that was made has told already."""
+        if self.reused:
+            progress.start(name)
+            progress.finish(reused=True)
+        return self
 
 
 class Run:

@@ -151,10 +151,7 @@ def attack(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start(f"attack {label}")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, f"attack {label}")
 
 
 def harmful_prompts(prompts: pa.Table) -> pa.Table:

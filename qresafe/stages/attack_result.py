@@ -99,10 +99,7 @@ def attack_result(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start(f"attack result {label}")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, f"attack result {label}")
 
 
 def read_grids(arm: ArmRows, count: int) -> dict[str, Grid]:

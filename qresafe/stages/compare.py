@@ -81,10 +81,7 @@ def compare(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("compare")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, "compare")
 
 
 def read_comparison(artifact: Artifact) -> Comparison:

@@ -81,10 +81,7 @@ def generate(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start(f"generate {label}")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, f"generate {label}")
 
 
 def template_key(model: ModelInput | None) -> str | None:

@@ -90,10 +90,7 @@ def judge(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start(f"judge {label}".strip())
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, f"judge {label}".strip())
 
 
 def check_judges(judges: Sequence[JudgeSpec], run: Run | None = None) -> None:

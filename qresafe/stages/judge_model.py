@@ -109,10 +109,7 @@ def ask_judge(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start(display)
-        progress.finish(reused=True)
-    return made, judge.identity
+    return made.shown(progress, display), judge.identity
 
 
 def _ready(judge: ModelJudge, run: Run, runtime: Runtime) -> ModelJudge:

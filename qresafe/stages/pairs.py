@@ -134,10 +134,7 @@ def pairs(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("pairs")
-        progress.finish("", reused=True)
-    return made
+    return made.shown(progress, "pairs")
 
 
 def _dropped(contamination: Contamination | None) -> dict[str, Any]:

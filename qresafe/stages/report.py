@@ -86,10 +86,7 @@ def report(run: Run, given: ReportInput, progress: Progress) -> Artifact:
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("report")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, "report")
 
 
 def tell(given: ReportInput) -> dict[str, Any]:
