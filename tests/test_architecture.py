@@ -282,3 +282,12 @@ def test_the_readme_lists_every_file_by_its_own_first_line() -> None:
         [sys.executable, str(ROOT / "docs" / "file_map.py"), "--check"], capture_output=True
     )
     assert told.returncode == 0, "run python docs/file_map.py"
+
+
+def test_pytest_collects_every_test_file() -> None:
+    """Pytest skips folders called dist or build unless it is told not to."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    found = {line.partition(":")[0] for line in listed.splitlines() if ".py: " in line}
+    written = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert found == written
