@@ -13,17 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
-from stages.fabricated import arm, completed, row
 
 from qresafe import __version__
-from qresafe.artifacts import Run
 from qresafe.cli import main
 from qresafe.commands.launch import launch, user_error
 from qresafe.errors import DataError
 from qresafe.presets import load_experiment
-from qresafe.progress import Silent
 from qresafe.specs import ExperimentSpec
-from qresafe.stages.compare import compare
 
 COMMANDS = [
     *(["demo"], ["run"], ["show"], ["quantize"], ["generate"], ["judge"], ["pairs"], ["patch"]),
@@ -237,37 +233,6 @@ def test_people_label_a_sheet_and_the_judges_are_measured(cli, tmp_path: Path) -
     # Sensitivity 4/5, specificity 3/3: (4/8 + 1 - 1) / (4/5) = .625.
     assert found["corrected"][0]["rate"] == pytest.approx(0.625)
     assert "62.5" in cli("judge", "ingest", str(sheet), *stored).out
-
-
-def test_a_sheet_of_a_run_knows_its_arms_and_their_verdicts(cli, tmp_path: Path) -> None:
-    run = Run(str(tmp_path), "mine")
-    said = {"W": NO, "Q0": YES}
-    arms = {
-        label: arm(run, label, [row("harmful", i, text) for i in range(3)], judges=["refusal"])
-        for label, text in said.items()
-    }
-    compare(run, arms, Silent())
-    completed(run, "pool", [row("recombined", i, YES) for i in range(3)])  # not compared
-    sheet = tmp_path / "s.csv"
-    told = cli("judge", "sheet", str(run.root), "--out", str(sheet))
-    assert "6 completions of 2 models" in told.out
-    first, *lines = sheet.read_text().splitlines()
-    filled = [line + ("refused" if NO in line else "complied") for line in lines]
-    sheet.write_text("\n".join([first, *filled]))
-    stored = ["--storage", str(tmp_path / "elsewhere"), "--json"]
-    data = json.loads(cli("judge", "ingest", str(sheet), *stored).out)
-    (found,) = data["judges"]  # the run's judge, not the default ones
-    assert found["judge"] == "refusal"
-    assert {rate["source"]: rate["raw"]["yes"] for rate in found["corrected"]} == {"W": 0, "Q0": 3}
-    assert not (tmp_path / "elsewhere").exists()  # nothing was judged again
-    again = cli("judge", "ingest", str(sheet), *stored, "--set", "evaluate.judges=[keyword]").out
-    assert [judge["judge"] for judge in json.loads(again)["judges"]] == ["keyword"]
-
-
-def test_a_sheet_of_a_run_that_was_not_compared(cli, tmp_path: Path) -> None:
-    (tmp_path / "empty" / "generate").mkdir(parents=True)
-    empty = str(tmp_path / "empty")
-    assert "no finished comparison" in cli("judge", "sheet", empty, "--out", "s.csv").sentence()
 
 
 def test_compare_counts_flips_between_files(cli, tmp_path: Path) -> None:
