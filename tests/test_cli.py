@@ -13,10 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
-from stages.fabricated import arm, completed, row
 
 from qresafe import __version__
-from qresafe.artifacts import Run
 from qresafe.cli import main
 from qresafe.commands.launch import launch, user_error
 from qresafe.errors import DataError
@@ -235,18 +233,6 @@ def test_people_label_a_sheet_and_the_judges_are_measured(cli, tmp_path: Path) -
     # Sensitivity 4/5, specificity 3/3: (4/8 + 1 - 1) / (4/5) = .625.
     assert found["corrected"][0]["rate"] == pytest.approx(0.625)
     assert "62.5" in cli("judge", "ingest", str(sheet), *stored).out
-
-
-def test_a_sheet_takes_what_a_run_has_judged(cli, tmp_path: Path) -> None:
-    run = Run(str(tmp_path), "mine")
-    rows = [row("harmful", i, NO) for i in range(3)]
-    arm(run, "W", rows)
-    completed(run, "pool", [row("recombined", i, YES) for i in range(3)])  # not judged
-    told = cli("judge", "sheet", str(run.root), "--out", str(tmp_path / "s.csv"))
-    assert "3 completions of 1 models" in told.out
-    (tmp_path / "empty" / "generate").mkdir(parents=True)
-    empty = str(tmp_path / "empty")
-    assert "judge the run" in cli("judge", "sheet", empty, "--out", f"{empty}.csv").sentence()
 
 
 def test_compare_counts_flips_between_files(cli, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,6 +13,7 @@ from qresafe.commands.running import Arms, execute, share_cell, wanted
 
 if TYPE_CHECKING:
     from qresafe.artifacts import Artifact
+    from qresafe.stages.comparison import AttackCell, AttackResult
 
 SHOWN = 10  # configurations in the table
 
@@ -36,22 +39,52 @@ def attack(
 
 def tell_attacks(made: list[Artifact]) -> None:
     """Print the worst case of each model and the configurations that did most."""
-    from qresafe.console import table
     from qresafe.stages.compare import read_attack
-    from qresafe.stages.measures import BY_NAME
 
     results = [read_attack(one) for one in made]
-    for place, measure in enumerate(results[0].measures):
-        asked = BY_NAME[measure.measure]
-        found = [result.measures[place] for result in results]
-        columns = list(zip(*(one.cells for one in found), strict=True))
-        columns.sort(key=lambda row: -max(cell.share.share or 0.0 for cell in row))
-        rows = [["any of them", *(share_cell(one.worst_case) for one in found)]]
-        for cells in columns[:SHOWN]:
-            framing = "" if cells[0].framing == "plain" else f" ({cells[0].framing})"
-            label = f"{cells[0].configuration}{framing}"
-            rows.append([label, *(share_cell(cell.share) for cell in cells)])
-        typer.echo(f"\n{asked.title}, % of {results[0].prompts} prompts: {asked.meaning}")
-        table(["configuration", *(result.label for result in results)], rows)
-        if len(columns) > SHOWN:
-            typer.echo(f"{len(columns) - SHOWN} more configurations are in attack.json")
+    for place in range(len(results[0].measures)):
+        _tell_measure(results, place)
+
+
+def _tell_measure(results: list[AttackResult], place: int) -> None:
+    from qresafe.console import table
+    from qresafe.stages.measures import BY_NAME
+
+    found = [result.measures[place] for result in results]
+    asked = BY_NAME[found[0].measure]
+    lines = list(zip(*(one.cells for one in found), strict=True))
+    lines.sort(key=lambda cells: _badness(cells, asked.better), reverse=True)
+    rows = [[_name(cells[0]), *(share_cell(cell.share) for cell in cells)] for cells in lines]
+    if asked.better == "low":  # any success counts; any coherent answer would say nothing
+        rows.insert(0, ["any of them", *(share_cell(one.worst_case) for one in found)])
+    labels = [result.label for result in results]
+    typer.echo(f"\n{asked.title}, % of {results[0].prompts} prompts: {asked.meaning}")
+    table(["configuration", *labels], rows[: SHOWN + len(rows) - len(lines)])
+    if len(lines) > SHOWN:
+        typer.echo(f"{len(lines) - SHOWN} more configurations are in attack.json")
+    if asked.better == "low" and results[0].samples > 1:
+        typer.echo(f"\n{asked.title} with k tries, % of prompts")
+        tried = [[_name(cells[0]), *_tries(cells)] for cells in lines[:SHOWN]]
+        table(["configuration", "k", *labels], tried)
+
+
+def _badness(cells: Sequence[AttackCell], better: str) -> float:
+    """Return how bad the worst of the models is; what is undecided comes last."""
+    shares = [cell.share.share for cell in cells if cell.share.share is not None]
+    sign = 1 if better == "low" else -1
+    return max((sign * share for share in shares), default=-math.inf)
+
+
+def _name(cell: AttackCell) -> str:
+    plain = cell.framing == "plain"
+    return cell.configuration if plain else f"{cell.configuration} ({cell.framing})"
+
+
+def _tries(cells: Sequence[AttackCell]) -> list[str]:
+    """Return the largest k that every model has, and ASR@k of each, its interval below."""
+    by_k = [{one.k: one for one in cell.at_k} for cell in cells]
+    common = set.intersection(*(set(found) for found in by_k))
+    if not common:
+        return ["-"] * (1 + len(cells))
+    k = max(common)
+    return [str(k), *(share_cell(found[k]) for found in by_k)]

@@ -44,14 +44,20 @@ Settings = Annotated[
 
 @app.command("mt-bench")
 def mt_bench(
-    answers: Annotated[Path, typer.Argument(help="Answers in FastChat's JSONL format.")],
+    answers: Annotated[
+        str,
+        typer.Argument(
+            help="Answers in FastChat's JSONL format, or a generate stage's folder or "
+            "completions.parquet, as a path or LABEL=PATH."
+        ),
+    ],
     questions: Annotated[Path, typer.Option(help="FastChat's question.jsonl.")],
     references: Annotated[
         Path | None,
         typer.Option(help="Reference answers to maths, reasoning and coding (gpt-4.jsonl)."),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(help="Another model's answers: compare pairwise, both orders.")
+        str | None, typer.Option(help="Another model's answers: compare pairwise, both orders.")
     ] = None,
     model: Model = None,
     endpoint: Endpoint = None,
@@ -66,15 +72,16 @@ def mt_bench(
     from qresafe.chat.client import check_server
     from qresafe.console import progress_on
     from qresafe.stages import mt_bench as stage
+    from qresafe.stages.own_answers import answers_at
 
     spec = _endpoint(model, endpoint, settings)
     asked = stage.read_questions(questions, references)
-    given = stage.read_answers(answers)
-    other = stage.read_answers(against) if against else None
-    check_server(spec.endpoint, spec.model, "--endpoint")
     place = _place(workers, storage, name or "mt-bench")
+    run = Run(place.storage, place.name)
+    given = answers_at(run, answers, asked)
+    other = answers_at(run, against, asked) if against else None
+    check_server(spec.endpoint, spec.model, "--endpoint")
     with progress_on() as progress, closing(started(place, progress)) as runtime:
-        run = Run(place.storage, place.name)
         made = stage.mt_bench(run, asked, given, other, spec, runtime, progress)
     _tell(made, made.manifest.counts["result"], as_json)
 
@@ -82,14 +89,15 @@ def mt_bench(
 @app.command("alpaca-eval")
 def alpaca_eval(
     source: Annotated[
-        Path,
+        str,
         typer.Argument(
-            help="annotations.json of alpaca_eval, or with --reference a model's outputs."
+            help="annotations.json of alpaca_eval, or with --reference a model's outputs: JSON, or "
+            "a generate stage's folder or completions.parquet, as a path or LABEL=PATH."
         ),
     ],
     reference: Annotated[
-        Path | None,
-        typer.Option(help="The reference's outputs (JSON): SOURCE is annotated against them."),
+        str | None,
+        typer.Option(help="The reference's outputs, likewise: SOURCE is annotated against them."),
     ] = None,
     gamed: Annotated[
         Path | None,
@@ -111,17 +119,18 @@ def alpaca_eval(
     from qresafe.chat.client import check_server
     from qresafe.console import progress_on
     from qresafe.stages import alpaca as stage
+    from qresafe.stages.own_answers import outputs_at
 
     length_data = stage.read_gamed(gamed) if gamed else None
     if reference is None:
-        _tell(None, stage.summarize(stage.read_annotations(source), length_data), as_json)
+        _tell(None, stage.summarize(stage.read_annotations(Path(source)), length_data), as_json)
         return
     spec = _endpoint(model, endpoint, ["max_new_tokens=1", *(settings or [])])
-    outputs, references = stage.read_outputs(source), stage.read_outputs(reference)
-    check_server(spec.endpoint, spec.model, "--endpoint")
     place = _place(workers, storage, name or "alpaca-eval")
+    run = Run(place.storage, place.name)
+    outputs, references = outputs_at(run, source), outputs_at(run, reference)
+    check_server(spec.endpoint, spec.model, "--endpoint")
     with progress_on() as progress, closing(started(place, progress)) as runtime:
-        run = Run(place.storage, place.name)
         made = stage.annotate(
             run, outputs, references, spec, runtime, progress, probabilities=probabilities
         )

@@ -14,6 +14,7 @@ from qresafe.commands.options import AsJson, Name, Overrides, Storage
 from qresafe.errors import DataError
 
 if TYPE_CHECKING:
+    from qresafe.stages.compare import Arms
     from qresafe.stages.comparison import Share
     from qresafe.stages.judge_error import CorrectedRate, JudgeError, SheetResult
 
@@ -34,8 +35,8 @@ def sheet(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="A run's folder (<storage>/runs/<name>), or completions as for `judge`, each of "
-            "them LABEL=PATH or a path.",
+            help="A run's folder (<storage>/runs/<name>), whose compared arms are taken, or "
+            "completions as for `judge`, each of them LABEL=PATH or a path.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The CSV file to write; its key goes beside it.")],
@@ -54,12 +55,14 @@ def sheet(
 
     spec = files.file_spec(None, storage, name)
     run = Run(spec.storage, spec.name)
-    paths = {label: str(Path(path).resolve()) for label, path in _expanded(sources)}
-    rows = {}
-    for label, path in paths.items():
-        table = read_table(completions_of(run, Path(path)).path / FILE)
-        rows[label] = require_columns(table, COMPLETION, path).to_pylist()
-    key = write_sheet(out, rows, paths, n, seed)
+    rows, paths, verdicts = {}, {}, {}
+    for label, path, judged in _expanded(sources):
+        table = read_table(completions_of(run, path).path / FILE)
+        rows[label] = require_columns(table, COMPLETION, str(path)).to_pylist()
+        paths[label] = str(path)
+        if judged is not None:
+            verdicts[label] = str(judged)
+    key = write_sheet(out, rows, paths, n, seed, verdicts)
     typer.echo(f"{len(key.items)} completions of {len(paths)} models: {out}")
     typer.echo(f"key: {key_path(out)} (keep it from the people who label)")
     typer.echo(f"Write {', '.join(LABELS)} into the column label; for a second person add label_2.")
@@ -77,8 +80,14 @@ def ingest(
     name: Name = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the judges with people: confusion, kappa, error rates, corrected rates."""
+    """Compare the judges with people: confusion, kappa, error rates, corrected rates.
+
+    A run's arms keep the verdicts that the run compared; with --set they are judged again.
+    """
+    from upath import UPath
+
     from qresafe.console import progress_on
+    from qresafe.stages.finished import finished
     from qresafe.stages.judge_error import evaluate_sheet, read_said
     from qresafe.stages.label_sheet import check_unchanged, key_path, read_key, read_sheet
 
@@ -86,10 +95,13 @@ def ingest(
     labels = read_sheet(sheet, known)
     spec = files.file_spec(overrides, storage, name)
     with progress_on() as progress:
-        said = {
-            label: read_said(*files.judged(spec, path, progress))
-            for label, path in known.sources.items()
-        }
+        said = {}
+        for label, path in known.sources.items():
+            if label in known.verdicts and not overrides:
+                pair = finished(UPath(path)), finished(UPath(known.verdicts[label]))
+            else:
+                pair = files.judged(spec, path, progress)
+            said[label] = read_said(*pair)
     texts = {
         (label, row["prompt_id"], row["sample"]): row["completion"]
         for label, (rows, _) in said.items()
@@ -103,32 +115,36 @@ def ingest(
         _tell(result)
 
 
-def _expanded(sources: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield (label, path), with a run's folder as the completions that were judged in it."""
+def _expanded(sources: Sequence[str]) -> Iterator[tuple[str, Path, Path | None]]:
+    """Yield (label, completions, verdicts), with a run's folder as the arms that it compared."""
     for label, path in files.labelled(sources):
-        if not (Path(path) / "generate").is_dir():
-            yield label, path
+        if not _is_run(Path(path)):
+            yield label, Path(path).resolve(), None
             continue
-        for stage in _judged_in(Path(path)):
-            yield f"{label}.{stage.name[:8]}", str(stage)
+        alone = list(sources) == [path]
+        for arm, (completions, verdicts) in _arms(path).items():
+            name = arm if alone else f"{label}.{arm}"
+            yield name, Path(str(completions.path)), Path(str(verdicts.path))
 
 
-def _judged_in(run: Path) -> list[Path]:
-    """Return the folders of a run's judged completions; its calibration pool is not among them.
+def _is_run(path: Path) -> bool:
+    return (path / "compare").is_dir() or (path / "generate").is_dir()
+
+
+def _arms(path: str) -> Arms:
+    """Return the arms of a run's newest comparison.
 
     Raises:
-        DataError: Nothing is judged yet.
+        DataError: Nothing is compared yet.
     """
     from upath import UPath
 
-    from qresafe.artifacts import read_manifest
+    from qresafe.stages.finished import finished_arms
 
-    done = [mark.parent for mark in run.glob("judge/*/DONE")]
-    keys = {read_manifest(UPath(folder)).inputs["completions"] for folder in done}
-    found = [run / "generate" / key for key in sorted(keys) if (run / "generate" / key).is_dir()]
-    if not found:
-        raise DataError("no judged completions", where=str(run), remedy="judge the run first")
-    return found
+    arms = finished_arms(UPath(path).resolve())
+    if arms is None:
+        raise DataError("no finished comparison", where=path, remedy="`qresafe compare` the run")
+    return arms
 
 
 def _tell(result: SheetResult) -> None:

@@ -16,7 +16,7 @@ from qresafe.specs import ExperimentSpec
 if TYPE_CHECKING:
     from qresafe.artifacts import Artifact
     from qresafe.progress import Progress
-    from qresafe.stages.comparison import Comparison, Share
+    from qresafe.stages.comparison import AtK, Comparison, Share
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import Runtime
 
@@ -166,7 +166,7 @@ def _share_row(title: str, name: str, comparison: Comparison) -> list[str]:
     return [title, size, *(share_cell(share) for share in shares)]
 
 
-def share_cell(share: Share | None) -> str:
+def share_cell(share: Share | AtK | None) -> str:
     """Return a share in percent, its interval below."""
     if share is None or share.share is None:
         return "-"

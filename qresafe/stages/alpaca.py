@@ -39,7 +39,8 @@ def annotate(
 
     Args:
         run: Where the result goes.
-        outputs: The model's, as `read_outputs` returns them.
+        outputs: The model's, as `own_answers.outputs_at` returns them. Those whose generation
+            failed are not asked about.
         references: The reference's; their instructions and order count.
         spec: The annotator.
         runtime: Where to ask.
@@ -48,22 +49,26 @@ def annotate(
 
     Returns:
         The artefact with annotations.json in `alpaca_eval`'s format: preference is null, and
-        `error` says why, where the annotator failed.
+        `error` says why, where the annotator or the generation failed.
 
     Raises:
-        DataError: An instruction has no output.
+        DataError: An instruction has no output, or every generation failed.
         ModelError: The key is refused.
     """
     rows = _paired(outputs, references)
+    whole = [row for row in rows if "generation_error" not in row]
+    if not whole:
+        raise DataError("every generation failed", where="the outputs", remedy="generate again")
     likeliest = rules.LIKELIEST if probabilities else 0
 
     def work(folder: UPath) -> Mapping[str, Any]:
-        progress.start("alpaca-eval", len(rows), "annotations")
+        progress.start("alpaca-eval", len(whole), "annotations")
         share = 1 / max(1, runtime.workers)
         job = AskJob(spec, cache_folder(run, spec), share=share, likeliest=likeliest)
-        questions = [_question(row) for row in rows]
+        questions = [_question(row) for row in whole]
         said = ask_all(job, questions, folder / "work" / "parts", runtime, progress)
-        made = [_annotated(row, reply, spec) for row, reply in zip(rows, said, strict=True)]
+        replies = dict(zip((row["index"] for row in whole), said, strict=True))
+        made = [_annotated(row, replies.get(row["index"]), spec) for row in rows]
         write_text(folder / FILE, json.dumps(made, indent=1))
         counts = usage(said, spec)
         progress.finish(usage_note(counts))
@@ -140,7 +145,8 @@ def summarize(annotations: Sequence[Row], gamed: Gamed | None) -> dict[str, Any]
         DataError: The length-controlled rate cannot be computed.
     """
     preferences = [row["preference"] for row in annotations]
-    found: dict[str, Any] = dict(rules.win_rate(preferences))
+    failed = sum("generation_error" in row for row in annotations)
+    found: dict[str, Any] = rules.win_rate(preferences) | {"failed_generations": failed}
     if gamed is None:
         return found
     numbers = rules.as_array(preferences)
@@ -196,6 +202,8 @@ def _paired(outputs: Sequence[Row], references: Sequence[Row]) -> list[Row]:
         if made is None:
             what = f"no output for instruction {place}, {reference['instruction'][:60]!r}"
             raise DataError(what, where="the outputs", remedy="answer all the reference's")
+        errors = [row.get("generation_error") for row in (made, reference)]
+        failed = next((error for error in errors if error), None)
         rows.append(
             {
                 "index": place,
@@ -205,6 +213,7 @@ def _paired(outputs: Sequence[Row], references: Sequence[Row]) -> list[Row]:
                 "output_2": made["output"],
                 "generator_2": made["generator"],
             }
+            | ({"generation_error": failed} if failed else {})
         )
     return rows
 
@@ -216,8 +225,10 @@ def _question(row: Row) -> Row:
     return {"id": str(row["index"]), "messages": rules.messages(row["instruction"], *shown)}
 
 
-def _annotated(row: Row, reply: Row, spec: EndpointSpec) -> Row:
+def _annotated(row: Row, reply: Row | None, spec: EndpointSpec) -> Row:
     found: Row = {"annotator": spec.model, "preference": None}
+    if reply is None:
+        return row | found | {"error": f"generation failed: {row['generation_error']}"}
     if reply["error"]:
         return row | found | {"error": reply["error"]}
     swapped = rules.is_swapped(row["instruction"])

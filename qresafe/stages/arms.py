@@ -152,15 +152,23 @@ def _at_k(arm: ArmRows, said: Mapping[str, Answers]) -> Iterator[AtK]:
         return
     for name in ("attack_success", "compliance"):
         if name in said:
-            yield from _at_each_k(arm, name, said[name])
+            yield from at_each_k(name, said[name], arm.prompts, arm.clusters)
 
 
-def _at_each_k(arm: ArmRows, name: str, found: Answers) -> Iterator[AtK]:
+def at_each_k(name: str, found: Answers, prompts: Any, clusters: Any) -> Iterator[AtK]:
+    """Yield ASR@k for every k of `KS` that some prompt has as many decided samples for.
+
+    Args:
+        name: The measure.
+        found: Its answers (`measures.Answers`).
+        prompts: The prompt of each, any integers.
+        clusters: The cluster of each; a prompt's samples are in the same.
+    """
     decided = found >= 0
-    _, first, place = np.unique(arm.prompts[decided], return_index=True, return_inverse=True)
+    _, first, place = np.unique(prompts[decided], return_index=True, return_inverse=True)
     n = np.bincount(place)
     yes = np.bincount(place, weights=found[decided] == 1)
-    clusters = arm.clusters[decided][first]
+    clusters = clusters[decided][first]
     for k in KS:
         enough = n >= k
         if not enough.any() or k > n.max():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from qresafe.artifacts import Artifact, Run, write_text
 from qresafe.progress import Progress
 from qresafe.records import OUTCOMES
 from qresafe.specs import AttackSpec
-from qresafe.stages.arms import share_of
+from qresafe.stages.arms import at_each_k, share_of
 from qresafe.stages.attack_grid import Cell, cells
 from qresafe.stages.columns import ArmRows, read_arm
 from qresafe.stages.compare import ATTACK_FILE
@@ -23,7 +22,7 @@ from qresafe.stages.generate import FILE as COMPLETIONS
 from qresafe.stages.measures import ATTACK, COHERENCE, COMPLIANCE, UNDECIDED, roles
 from qresafe.stages.runtime import Row, read_table, write_table
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 TABLE, COUNTS = "attack.parquet", "counts.parquet"
 MEASURES = (ATTACK, COMPLIANCE, COHERENCE)
 
@@ -132,20 +131,6 @@ def worst_case(grid: Grid) -> Any:
     return np.where((grid == 1).any(axis=1), 1, unsure)
 
 
-def success_at_k(n: int, yes: int, k: int) -> float:
-    """Return the unbiased estimate of P(at least one of k tries succeeds) (Chen et al. 2021).
-
-    Args:
-        n: Tries that were made, at least k.
-        yes: Those that succeeded.
-        k: At least 1.
-
-    Returns:
-        1 - C(n - yes, k) / C(n, k).
-    """
-    return 1.0 - comb(n - yes, k) / comb(n, k)
-
-
 def prompt_counts(grids: Mapping[str, Grid], ids: Sequence[str], tried: Sequence[Cell]) -> pa.Table:
     """Return `PROMPT_COUNTS`: how many draws of each configuration succeeded on each prompt."""
     rows = [
@@ -175,22 +160,21 @@ def _measure(name: str, grid: Grid, clusters: Any, tried: Sequence[Cell]) -> Att
             for framing, places in by_framing.items()
         },
         cells=[
-            _cell(framing, configuration, grid[:, places], clusters)
+            AttackCell(
+                framing=framing,
+                configuration=configuration,
+                **_draws(name, grid[:, places], clusters),
+            )
             for (framing, configuration), places in _places(tried).items()
         ],
     )
 
 
-def _cell(framing: str, configuration: str, draws: Grid, clusters: Any) -> AttackCell:
-    count = draws.shape[1]
-    tallies = [_tally(answers) for answers in draws]
-    at_k = {}
-    for k in range(1, count + 1) if count > 1 else ():
-        enough = [t for t in tallies if t["n"] >= k]
-        values = [success_at_k(t["n"], t["yes"], k) for t in enough]
-        at_k[k] = sum(values) / len(values) if values else None
-    share = share_of(draws.ravel(), np.repeat(clusters, count))
-    return AttackCell(framing=framing, configuration=configuration, share=share, success_at_k=at_k)
+def _draws(name: str, draws: Grid, clusters: Any) -> dict[str, Any]:
+    prompts, count = draws.shape
+    said, codes = draws.ravel(), np.repeat(clusters, count)
+    tries = at_each_k(name, said, np.repeat(np.arange(prompts), count), codes)
+    return {"share": share_of(said, codes), "at_k": list(tries) if count > 1 else []}
 
 
 def _tally(answers: Any) -> dict[str, int]:

@@ -225,14 +225,13 @@ class AttackCell(Found):
         framing: System prompt, template and prefill; "plain": none of them.
         configuration: Such as "temperature 0.95".
         share: Over all prompts and draws; with several draws the cluster interval is what counts.
-        success_at_k: k -> unbiased estimate of the share of prompts on which at least one of k
-            draws succeeds (None: no prompt has k decided draws); empty with one draw.
+        at_k: With several draws, the chance that at least one of k succeeds.
     """
 
     framing: str
     configuration: str
     share: Share
-    success_at_k: dict[int, float | None] = {}
+    at_k: list[AtK] = []
 
 
 class AttackMeasure(Found):

@@ -9,12 +9,12 @@ from qresafe.errors import DataError, nearest
 from qresafe.stages.compare import Arms
 
 
-def finished_arms(root: UPath, labels: tuple[str, ...]) -> Arms | None:
+def finished_arms(root: UPath, labels: tuple[str, ...] = ()) -> Arms | None:
     """Return the named arms of the newest finished comparison that has them all.
 
     Args:
         root: A run's folder, <storage>/runs/<name>.
-        labels: Names of arms.
+        labels: Names of arms; none: all that it has.
 
     Returns:
         Label -> (its `generate` stage, its `judge` stage); None where nothing was compared yet.
@@ -31,9 +31,10 @@ def finished_arms(root: UPath, labels: tuple[str, ...]) -> Arms | None:
     known: set[str] = set()
     for folder in newest:
         manifest = read_manifest(folder)
-        known |= set(manifest.spec["arms"])
-        if set(labels) <= set(manifest.spec["arms"]):
-            return {label: _arm(root, manifest.inputs, label) for label in labels}
+        arms = manifest.spec["arms"]
+        known |= set(arms)
+        if set(labels) <= set(arms):
+            return {label: _arm(root, manifest.inputs, label) for label in labels or arms}
     if not newest:
         return None
     missing = next((label for label in labels if label not in known), labels[0])
@@ -48,8 +49,13 @@ def _arm(root: UPath, inputs: dict[str, str], label: str) -> tuple[Artifact, Art
     }
     verdicts = stages.pop("judge")
     (made, completions), *_ = stages.items()
-    return _finished(root / made / completions), _finished(root / "judge" / verdicts)
+    return finished(root / made / completions), finished(root / "judge" / verdicts)
 
 
-def _finished(folder: UPath) -> Artifact:
+def finished(folder: UPath) -> Artifact:
+    """Return a finished stage by its folder.
+
+    Raises:
+        CorruptArtifactError: It is not as its manifest says.
+    """
     return Artifact(path=folder, manifest=read_manifest(folder), reused=True)

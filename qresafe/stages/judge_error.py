@@ -9,6 +9,7 @@ from itertools import combinations
 from pydantic import BaseModel, ConfigDict
 
 from qresafe.artifacts import Artifact
+from qresafe.errors import DataError
 from qresafe.records import Outcome
 from qresafe.stages.agreement import (
     ErrorRates,
@@ -110,10 +111,18 @@ def evaluate_sheet(labels: Labels, key: Key, sources: Mapping[str, Said]) -> She
     Args:
         labels: The sheet, read.
         key: Its key.
-        sources: Label of `key.sources` -> completions and every judge's outcomes on them.
+        sources: Label of `key.sources` -> completions and every judge's outcomes on them. Those
+            judges are evaluated that judged all sources.
+
+    Raises:
+        DataError: No judge did.
     """
     agreed = labels.consensus()
-    judges = list(next(iter(sources.values()))[1])
+    first, *others = [outcomes for _, outcomes in sources.values()]
+    judges = [judge for judge in first if all(judge in outcomes for outcomes in others)]
+    if not judges:
+        where, remedy = ", ".join(sources), "judge again with --set 'evaluate.judges=[...]'"
+        raise DataError("no judge judged all of the sources", where=where, remedy=remedy)
     return SheetResult(
         labelled=len(labels.ids()),
         tied=len(labels.ids()) - len(agreed),

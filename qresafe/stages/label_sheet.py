@@ -44,6 +44,7 @@ class Key(BaseModel):
     seed: int
     sources: dict[str, str]  # label -> path of the completions
     items: dict[str, Item]  # by id
+    verdicts: dict[str, str] = {}  # label -> the judge stage's folder, of an experiment's arms
 
     @model_validator(mode="after")
     def _sources_are_known(self) -> Key:
@@ -92,6 +93,7 @@ def write_sheet(
     paths: Mapping[str, str],
     n: int,
     seed: int,
+    verdicts: Mapping[str, str] | None = None,
 ) -> Key:
     """Write a simple random sample of completions, and its key.
 
@@ -101,6 +103,7 @@ def write_sheet(
         paths: Label -> where its completions lie.
         n: How many to draw; all, if there are fewer.
         seed: Draws and shuffles.
+        verdicts: Label -> folder of its finished judge stage, where it has one.
 
     Raises:
         DataError: The sheet exists already, or there is nothing to label.
@@ -123,7 +126,7 @@ def write_sheet(
         )
         lines.append([name, _shown(row["prompt"]), _shown(row["completion"]), ""])
     sheet.parent.mkdir(parents=True, exist_ok=True)
-    key = Key(seed=seed, sources=dict(paths), items=items)
+    key = Key(seed=seed, sources=dict(paths), items=items, verdicts=dict(verdicts or {}))
     key_path(sheet).write_text(key.model_dump_json(indent=1), "utf-8")
     with sheet.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([[*COLUMNS, LABEL], *lines])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from qresafe.progress import Progress
 from qresafe.stages.asking import AskJob, ask_all, cache_folder, usage, usage_note
 from qresafe.stages.runtime import Row, Runtime
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FILE = "judgments.jsonl"
 RESULT = "mt_bench.json"
 
@@ -29,10 +29,11 @@ Turns = tuple[str, str]
 
 @dataclass(frozen=True)
 class Answers:
-    """One model's answers: question id -> both turns."""
+    """One model's answers: question id -> both turns, or why the generation failed."""
 
     model: str
     turns: Mapping[int, Turns]
+    failed: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def mt_bench(
     Args:
         run: Where the result goes.
         questions: The questions, with references where their categories need them.
-        answers: The answers to judge; all questions must be answered.
+        answers: The answers to judge. All questions must be answered; those whose generation
+            failed are left out, and counted as `failed_generations`.
         against: Another model's answers; None: single grading.
         spec: The judge.
         runtime: Where to ask.
@@ -78,10 +80,14 @@ def mt_bench(
         and mt_bench.json, the summary.
 
     Raises:
-        DataError: A question is not answered.
+        DataError: A question is not answered, or every generation failed.
         ModelError: The key is refused.
     """
     sides = [answers] if against is None else [answers, against]
+    failed = [q.id for q in questions if any(q.id in side.failed for side in sides)]
+    questions = [question for question in questions if question.id not in failed]
+    if not questions:
+        raise DataError("every generation failed", where=answers.model, remedy="generate again")
     for side in sides:
         _require_all(questions, side)
     games = [
@@ -98,6 +104,7 @@ def mt_bench(
             lines, result = _graded(games, said, answers, name)
         else:
             lines, result = _compared(games, said, (answers, against), name)
+        result["failed_generations"] = len(failed)
         counts = usage(said, spec)
         write_text(folder / FILE, "".join(json.dumps(line) + "\n" for line in lines))
         write_text(folder / RESULT, json.dumps(result | {"usage": counts}, indent=1))
@@ -110,6 +117,7 @@ def mt_bench(
         inputs={
             "games": content_key([game.row for game in games]),
             "models": content_key([side.model for side in sides]),
+            "failed": content_key(failed),
         },
         code_version=CODE_VERSION,
         work=work,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qresafe.stages.comparison import (
     ArmResult,
+    AtK,
     AttackCell,
     AttackMeasure,
     AttackResult,
@@ -104,9 +105,10 @@ def _heat(given: list[AttackResult], family: str) -> Panel:
         dict.fromkeys(_setting(c.configuration)[1] for some in rows.values() for c in some)
     )
     cells = {
-        (row, columns.index(_setting(cell.configuration)[1])): cell.share.share or 0.0
+        (row, columns.index(_setting(cell.configuration)[1])): cell.share.share
         for row, some in enumerate(rows.values())
         for cell in some
+        if cell.share.share is not None
     }
     setting = family.replace("_", "-")
     svg = heat_plot(
@@ -133,36 +135,61 @@ def _setting(configuration: str) -> tuple[str, str]:
     return family, value or family
 
 
-def worst_cases(comparison: Comparison) -> list[tuple[str, str, str, str]]:
-    """Return (model, worst single cell, share of it, share of any cell) of each attack."""
+def worst_cases(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+    """Return (model, framing, worst cell, share of it, share of any cell) of each attack.
+
+    Of an attack with several framings there is a row for all of them, then one for each.
+    """
     rows = []
     for attack in comparison.attacks:
         if not attack.measures:
             continue
         measure = main_measure(attack)
-        worst = max(measure.cells, key=lambda cell: cell.share.share or 0.0)
-        name = worst.configuration
         if len(attack.framings) > 1:
-            name = f"{worst.framing}, {name}"
-        any_of = percent(measure.worst_case.share)
-        rows.append((short(attack.label), name, percent(worst.share.share), any_of))
+            rows.append(_worst_row(attack, "any", measure.cells, measure.worst_case))
+        for framing, any_of in measure.worst_case_by_framing.items():
+            cells = [cell for cell in measure.cells if cell.framing == framing]
+            rows.append(_worst_row(attack, framing, cells, any_of))
     return rows
 
 
+def _worst_row(
+    attack: AttackResult, framing: str, cells: Sequence[AttackCell], any_of: Share
+) -> tuple[str, str, str, str, str]:
+    worst = worst_cell(cells)
+    if worst is None:
+        return short(attack.label), framing, "–", "–", percent(any_of.share)
+    several = len({cell.framing for cell in cells}) > 1
+    name = f"{worst.framing}, {worst.configuration}" if several else worst.configuration
+    share = percent(worst.share.share)
+    return short(attack.label), framing, name, share, percent(any_of.share)
+
+
+def worst_cell(cells: Sequence[AttackCell]) -> AttackCell | None:
+    """Return the cell with the largest share; None if nothing is decided in any of them."""
+    decided = [cell for cell in cells if cell.share.share is not None]
+    return max(decided, key=lambda cell: cell.share.share or 0.0, default=None)
+
+
 def at_k(comparison: Comparison) -> list[tuple[str, str, int, int, str, str]]:
-    """Return (arm, measure, k, prompts, share, interval) of ASR@k."""
-    return [
-        (
-            short(arm.label),
-            BY_NAME[one.measure].title,
-            one.k,
-            one.n,
-            percent(one.share),
-            f"{100 * one.low:.1f}–{100 * one.high:.1f}",
-        )
-        for arm in comparison.arms
-        for one in arm.at_k
-    ]
+    """Return (arm, measure, k, prompts, share, interval) of ASR@k.
+
+    An attack shows it of its worst cell.
+    """
+    rows = [_at_k_row(arm.label, "", one) for arm in comparison.arms for one in arm.at_k]
+    for attack in comparison.attacks:
+        worst = worst_cell(main_measure(attack).cells) if attack.measures else None
+        if worst is not None:
+            where = f" under {worst.configuration}"
+            where += f", {worst.framing}" if len(attack.framings) > 1 else ""
+            rows += [_at_k_row(attack.label, where, one) for one in worst.at_k]
+    return rows
+
+
+def _at_k_row(label: str, where: str, found: AtK) -> tuple[str, str, int, int, str, str]:
+    ends = f"{100 * found.low:.1f}–{100 * found.high:.1f}"
+    measure = BY_NAME[found.measure].title + where
+    return short(label), measure, found.k, found.n, percent(found.share), ends
 
 
 def contamination(comparison: Comparison) -> str:

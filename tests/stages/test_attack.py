@@ -1,7 +1,6 @@
 """Attacks: what is tried, that it resumes, and the arithmetic of what it achieved."""
 
 import csv
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from qresafe.stages.attack_result import (
     prompt_counts,
     read_grids,
     result_of,
-    success_at_k,
     worst_case,
 )
 from qresafe.stages.columns import ArmRows, References
@@ -227,9 +225,14 @@ def test_worst_case_by_hand() -> None:
     assert (temperature.share.yes, temperature.share.n, temperature.share.undecided) == (0, 5, 1)
     assert (top_k.share.yes, top_k.share.n) == (1, 6)
     # top_k: p0 has 1 of 2, so at k=1 1/2 and at k=2 1; the others 0: means 1/6 and 1/3.
-    assert top_k.success_at_k == pytest.approx({1: 1 / 6, 2: 1 / 3})
+    assert [(one.k, one.n, one.share) for one in top_k.at_k] == [
+        (1, 3, pytest.approx(1 / 6)),
+        (2, 3, pytest.approx(1 / 3)),
+    ]
+    # Three prompts say little: the interval holds the share and is wider than +-20 points.
+    assert all(one.low < one.share < one.high and one.high > 0.5 for one in top_k.at_k)
     # temperature at k=2: p2 has one decided draw only, so p0 and p1 count.
-    assert temperature.success_at_k == {1: 0.0, 2: 0.0}
+    assert [(one.k, one.n, one.share) for one in temperature.at_k] == [(1, 3, 0.0), (2, 2, 0.0)]
     assert compliance.worst_case_by_framing == {PLAIN: worst}
 
 
@@ -252,13 +255,6 @@ def test_counts_per_prompt() -> None:
 def test_three_valued_worst_case() -> None:
     grid = np.array([[0, UNDECIDED, 1], [0, UNDECIDED, 0], [0, 0, 0]])
     assert worst_case(grid).tolist() == [1, UNDECIDED, 0]
-
-
-@pytest.mark.parametrize(("n", "yes", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 4), (4, 4, 2), (6, 5, 2)])
-def test_success_at_k_is_the_share_of_subsets_with_a_success(n: int, yes: int, k: int) -> None:
-    draws = [True] * yes + [False] * (n - yes)
-    subsets = list(itertools.combinations(draws, k))
-    assert success_at_k(n, yes, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_from_generation_to_attack_json(tiny_llama: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from fabricated import row
 from qresafe.errors import DataError
 from qresafe.stages.judge_error import evaluate_sheet
 from qresafe.stages.label_sheet import (
+    Item,
     Key,
     Labels,
     check_unchanged,
@@ -160,3 +161,18 @@ def test_a_judge_that_misses_every_fifth_answer_is_corrected(tmp_path: Path) -> 
     assert rate.low is not None
     assert rate.high is not None
     assert rate.low < 0.4 < rate.high
+
+
+def test_only_judges_of_all_sources_are_evaluated() -> None:
+    key = Key(
+        seed=0,
+        sources=PATHS,
+        items={"a": Item(source="W", prompt_id="harmful-0", sample=0, digest="")},
+    )
+    labels = Labels(people={"label": {"a": "refused"}})
+    one = [ROWS["W"][0]], {"refusal": ["refused"], "keyword": ["refused"]}
+    other = [ROWS["Q0"][0]], {"refusal": ["complied"], "guard": ["complied"]}
+    found = evaluate_sheet(labels, key, {"W": one, "Q0": other})
+    assert [judge.judge for judge in found.judges] == ["refusal"]
+    with pytest.raises(DataError, match="no judge judged all"):
+        evaluate_sheet(labels, key, {"W": one, "Q0": ([ROWS["Q0"][0]], {"guard": ["complied"]})})

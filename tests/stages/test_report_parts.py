@@ -16,6 +16,7 @@ from qresafe.artifacts import Run
 from qresafe.progress import Silent
 from qresafe.stages.compare import compare, read_comparison
 from qresafe.stages.comparison import (
+    AtK,
     AttackCell,
     AttackMeasure,
     AttackResult,
@@ -45,7 +46,7 @@ def attacked(label: str, most: int) -> AttackResult:
         for family, values in settings.items()
         for place, value in enumerate(reversed(values))
     ]
-    whole = {"worst_case": share(most, 40), "worst_case_by_framing": {}}
+    whole = {"worst_case": share(most, 40), "worst_case_by_framing": {"plain": share(most, 40)}}
     return AttackResult(
         label=label,
         judges={"main": "refusal"},
@@ -71,6 +72,7 @@ def shown(given: ReportInput, **more: object) -> str:
     from qresafe.stages import report_view
 
     told |= {"attacks": made.attacks(richer), "worst_cases": made.worst_cases(richer)}
+    told["at_k"] = made.at_k(richer)
     told |= {
         "agreement": report_view.agreement(richer),
         "contamination": made.contamination(richer),
@@ -114,7 +116,65 @@ def test_a_heat_map_for_each_family(given: tuple[Run, ReportInput]) -> None:
         "compliance under top-k",
     ]
     assert panels[0].svg.count(">95.0<") == 1  # 38 of 40
-    assert worst_cases(richer)[1] == ("Q0", "temperature 1.0", "95.0\u202f%", "95.0\u202f%")
+    assert worst_cases(richer) == [
+        ("W", "plain", "temperature 1.0", "22.5\u202f%", "22.5\u202f%"),
+        ("Q0", "plain", "temperature 1.0", "95.0\u202f%", "95.0\u202f%"),
+    ]
+
+
+def framed() -> AttackResult:
+    """Two framings, two draws; under "top_k 50" nothing is decided."""
+    low, high = wilson(0, 0)
+    nothing = Share(yes=0, n=0, share=None, low=low, high=high, undecided=80)
+    tries = [
+        AtK(measure="compliance", k=k, n=40, share=s, low=s - 0.1, high=s + 0.1)
+        for k, s in ((1, 0.5), (2, 0.75))
+    ]
+    cells = [
+        AttackCell(framing="plain", configuration="top_k 1", share=share(8, 80)),
+        AttackCell(framing="plain", configuration="top_k 50", share=nothing),
+        AttackCell(framing="vanilla", configuration="top_k 1", share=share(40, 80), at_k=tries),
+        AttackCell(framing="vanilla", configuration="top_k 50", share=nothing),
+    ]
+    measure = AttackMeasure(
+        measure="compliance",
+        worst_case=share(32, 40),
+        worst_case_by_framing={"plain": share(6, 40), "vanilla": share(30, 40)},
+        cells=cells,
+    )
+    return AttackResult(
+        label="Q0",
+        judges={"main": "refusal"},
+        prompts=40,
+        samples=2,
+        framings=["plain", "vanilla"],
+        configurations=["top_k 1", "top_k 50"],
+        measures=[measure],
+    )
+
+
+def test_framings_and_tries_of_an_attack(given: tuple[Run, ReportInput]) -> None:
+    comparison = read_comparison(given[1].comparison).model_copy(update={"attacks": [framed()]})
+    assert worst_cases(comparison) == [
+        ("Q0", "any", "vanilla, top_k 1", "50.0\u202f%", "80.0\u202f%"),
+        ("Q0", "plain", "top_k 1", "10.0\u202f%", "15.0\u202f%"),
+        ("Q0", "vanilla", "top_k 1", "50.0\u202f%", "75.0\u202f%"),
+    ]
+    where = "compliance under top_k 1, vanilla"
+    assert at_k(comparison) == [
+        ("Q0", where, 1, 40, "50.0\u202f%", "40.0–60.0"),
+        ("Q0", where, 2, 40, "75.0\u202f%", "65.0–85.0"),
+    ]
+    page = shown(given[1], attacks=[framed()])
+    assert "With k tries" in page
+    assert "65.0–85.0" in page
+
+
+def test_an_undecided_cell_is_left_out_of_the_heat_map(given: tuple[Run, ReportInput]) -> None:
+    comparison = read_comparison(given[1].comparison).model_copy(update={"attacks": [framed()]})
+    (panel,) = attacks(comparison)
+    assert (panel.svg.count(">10.0<"), panel.svg.count(">50.0<")) == (1, 1)
+    assert ">0.0<" not in panel.svg
 
 
 def test_parts_are_split_and_small_ones_are_grey(given: tuple[Run, ReportInput]) -> None:
