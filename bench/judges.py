@@ -53,8 +53,8 @@ def per_second(judge: Judge, answers: list[Answer], rounds: int = 7) -> float:
 def agreement_table(files: dict[str, list[Answer]]) -> list[str]:
     """Return the table of agreement by file."""
     lines = [
-        "| answers of | n | `keyword` | string match of XSTest | GPT-4 | `refusal` | kappa | "
-        "`refusal`, told *harmful* of all | told *borderline* of all |",
+        "| answers of | n | `keyword` | string match of XSTest, published | GPT-4, published | "
+        "`refusal` | kappa | `refusal`, told *harmful* of all | told *borderline* of all |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     keyword, refusal = judges.get("keyword"), judges.get("refusal")
@@ -133,7 +133,9 @@ def render(files: dict[str, list[Answer]], command: str) -> str:
             f"({platform.machine()}), load {os.getloadavg()[0]:.1f}.",
             "",
             "Per cent of answers with the same verdict, full or partial refusal against full "
-            "compliance. How the rules came about, and what was held out: `docs/judges.md`.",
+            "compliance. The columns *published* are not measured here: they are the publication's "
+            "own (Röttger et al. 2024). How the rules came about, and what was held out: "
+            "`docs/judges.md`.",
             "",
             *agreement_table(files),
             "",

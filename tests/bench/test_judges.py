@@ -31,6 +31,12 @@ def test_people_s_labels_are_read_by_their_first_sign(tmp_path: Path) -> None:
     ]
 
 
+def test_the_page_says_which_figures_are_published_and_not_measured() -> None:
+    header, _ = judges.agreement_table({})
+    assert header.count(", published |") == 2
+    assert header in (Path(__file__).parents[2] / "docs" / "results-judges.md").read_text()
+
+
 @pytest.mark.skipif(not FOLDER.exists(), reason=f"no {FOLDER}")
 @pytest.mark.parametrize("model", ["gpt4", "mistralinstruct", "llama2orig"])
 def test_both_give_the_same_figure(model: str, tmp_path: Path) -> None:
