@@ -64,7 +64,26 @@ def test_a_threshold_that_is_given_must_be_measured(cli: Any, tmp_path: Path) ->
     code, out, _ = cli("--baseline", path, "--candidate", path, "--max-over-refusal-increase", "3")
     assert code == 4
     assert "unmeasured (exit code 4)" in out
-    assert "no prompts of this axis" in out
+    assert "no prompts with decided answers of this axis" in out
+
+
+def test_only_the_axes_that_are_named_are_checked(cli: Any, tmp_path: Path) -> None:
+    path = answered(tmp_path / "a.jsonl", 200, 3)  # 1 point of utility takes 381
+    files = ["--baseline", path, "--candidate", path, "--json"]
+    assert cli(*files)[0] == 5
+    code, out, err = cli(*files, "--only", "attack_success")
+    assert code == 0, err
+    assert [check["axis"] for check in json.loads(out)["checks"]] == ["attack_success"]
+    code, out, _ = cli(*files, "--only", "attack_success", "--only", "over_refusal")
+    assert code == 4
+    assert len(json.loads(out)["checks"]) == 2
+
+
+@pytest.mark.parametrize("more", [("--max-utility-drop", "1"), ("--utility", "coherence")])
+def test_what_only_leaves_out_takes_no_threshold(cli: Any, more: tuple[str, str]) -> None:
+    code, _, err = cli("runs/x", "--only", "attack_success", *more)
+    assert code == 2
+    assert "--only leaves out utility" in err
 
 
 def test_the_table_says_what_would_resolve_it(cli: Any, tmp_path: Path) -> None:
