@@ -97,7 +97,11 @@ def test_the_table_says_what_would_resolve_it(cli: Any, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ([], "there is nothing to compare"),
-        (["--baseline", "a.jsonl"], "there is nothing to compare"),
+        (["--baseline", "a.jsonl"], "--candidate is missing"),
+        (["--candidate", "a.jsonl"], "--baseline is missing"),
+        (["a.jsonl"], "no run: give two such files, --baseline FILE and --candidate FILE"),
+        (["demo", "--set", "evaluate.judges=[keyword]"], "--set and --workers change nothing"),
+        (["demo", "--workers", "2"], "--set and --workers change nothing"),
         (["--baseline-model", "x"], "only one model"),
         (["--baseline-model", "x", "--baseline", "y"], "both given"),
         (["--prompts", "p.jsonl"], "--prompts needs models"),
@@ -112,6 +116,18 @@ def test_a_mistake_is_one_sentence_and_code_2(cli: Any, arguments: list[str], to
     assert err.strip().splitlines()[-1].startswith("error: ")
     assert told in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("junit", ["a.jsonl/x.xml", "/proc/x/j.xml", "."])
+def test_a_path_that_junit_cannot_have_is_refused_before_any_work(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junit: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = answered(Path("a.jsonl"), 20, 1)
+    code, out, err = cli("--baseline", path, "--candidate", path, "--junit", junit)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: cannot write in {junit}: give a ")
+    assert not (tmp_path / "store").exists()
 
 
 def test_different_prompts_are_refused(cli: Any, tmp_path: Path) -> None:
