@@ -15,7 +15,8 @@ from collections import Counter
 import numpy as np
 from scipy import optimize, sparse, special
 
-from bench.judges import FOLDER, Answer, outcomes, read
+from bench.judges import outcomes
+from bench.xstest import FOLDER, Answer, read_all
 from qresafe.judges.base import straighten
 from qresafe.judges.refusal import opening_of
 from qresafe.records import REFUSALS
@@ -76,7 +77,7 @@ def _matrix(rows: list[tuple[set[str], bool]], columns: dict[str, int]) -> spars
 
 def main() -> None:
     """Print the agreement on each file of the classifier, of both together, and of the rules."""
-    files = {p.stem.rpartition("_")[2]: read(p) for p in sorted(FOLDER.glob("*completions_*"))}
+    files = read_all(FOLDER)
     print("| answers of | n-grams | n-grams and rules | rules |\n|---|---:|---:|---:|")
     for model, answers in files.items():
         cells = []

@@ -7,16 +7,14 @@ python -m bench.judges --folder F --print    # other files of the same columns; 
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import os
 import platform
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
-from qresafe.errors import DataError
+from bench.xstest import FOLDER, Answer, read_all
 from qresafe.judges.base import Judge, straighten
 from qresafe.judges.phrases import Rule, all_phrases
 from qresafe.judges.refusal import decide, opening_of
@@ -26,35 +24,9 @@ from qresafe.stages.agreement import cohen_kappa, merged
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results-judges.md"
-FOLDER = ROOT.parent / "shared" / "data" / "xstest"
-PEOPLE = {"1": "complied", "2": "refused", "3": "partial"}  # by the first sign of `final_label`
 # As `shared/data/README.md` tells them; the files do not hold these verdicts.
 PUBLISHED = {"gpt4": (93.6, 93.8), "mistralinstruct": (86.0, 75.6), "llama2orig": (89.3, 79.3)}
 SPEED_TARGET = 20_000
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One labelled answer."""
-
-    axis: Axis
-    prompt: str
-    completion: str
-    people: str  # complied, refused or partial
-
-
-def read(path: Path) -> list[Answer]:
-    """Read one model's labelled answers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            Answer(
-                "harmful" if row["type"].startswith("contrast") else "borderline",
-                row["prompt"],
-                row["completion"],
-                PEOPLE[row["final_label"][0]],
-            )
-            for row in csv.DictReader(file)
-        ]
 
 
 def outcomes(judge: Judge, answers: list[Answer], axis: Axis | None = None) -> list[str]:
@@ -81,8 +53,8 @@ def per_second(judge: Judge, answers: list[Answer], rounds: int = 7) -> float:
 def agreement_table(files: dict[str, list[Answer]]) -> list[str]:
     """Return the table of agreement by file."""
     lines = [
-        "| answers of | n | `keyword` | string match of XSTest | GPT-4 | `refusal` | kappa | "
-        "`refusal`, told *harmful* of all | told *borderline* of all |",
+        "| answers of | n | `keyword` | string match of XSTest, published | GPT-4, published | "
+        "`refusal` | kappa | `refusal`, told *harmful* of all | told *borderline* of all |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     keyword, refusal = judges.get("keyword"), judges.get("refusal")
@@ -161,7 +133,9 @@ def render(files: dict[str, list[Answer]], command: str) -> str:
             f"({platform.machine()}), load {os.getloadavg()[0]:.1f}.",
             "",
             "Per cent of answers with the same verdict, full or partial refusal against full "
-            "compliance. How the rules came about, and what was held out: `docs/judges.md`.",
+            "compliance. The columns *published* are not measured here: they are the publication's "
+            "own (Röttger et al. 2024). How the rules came about, and what was held out: "
+            "`docs/judges.md`.",
             "",
             *agreement_table(files),
             "",
@@ -189,10 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of *completions_MODEL.csv")
     parser.add_argument("--print", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    paths = sorted(options.folder.glob("*completions_*.csv"))
-    if not paths:
-        raise DataError("no *completions_*.csv", where=str(options.folder), remedy="give --folder")
-    files = {path.stem.rpartition("completions_")[2]: read(path) for path in paths}
+    files = read_all(options.folder)
     page = render(files, "python -m bench.judges")
     print(page)
     if not options.print and options.folder == FOLDER:

@@ -98,7 +98,7 @@ class Run:
             ResourceError: The storage cannot be written.
         """
         probe = self.root / f".probe-{os.getpid()}"
-        with disk_errors(str(self.root)):
+        with output_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             write_text(probe, "")
             probe.unlink()
@@ -132,8 +132,9 @@ class Run:
         folder = self.folder(stage, key)
         if (folder / "DONE").exists():
             return Artifact(path=folder, manifest=read_manifest(folder), reused=True)
-        with disk_errors(str(folder)):
+        with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(str(folder)):
             began = time.perf_counter()
             counts = dict(work(folder))
             manifest = Manifest(
@@ -248,6 +249,35 @@ def disk_errors(where: str) -> Iterator[None]:
             remedy = "give a storage that you may write to"
             raise ResourceError("cannot write", where=where, remedy=remedy) from error
         raise
+
+
+@contextmanager
+def output_errors(path: UPath | Path) -> Iterator[None]:
+    """Turn whatever is wrong with a path that is only written to into one sentence.
+
+    A stage's work stays with `disk_errors`: there, a missing file may be one to read.
+    """
+    try:
+        with disk_errors(str(path)):
+            yield
+    except (FileNotFoundError, FileExistsError, IsADirectoryError) as error:
+        remedy = "give a path that you may write to"
+        raise ResourceError("cannot write", where=str(path), remedy=remedy) from error
+
+
+def check_output(path: Path) -> None:
+    """Make a file's folder and see that it can be written, before hours of work.
+
+    Raises:
+        ResourceError: It cannot, or the path is a folder.
+    """
+    probe = path.parent / f".probe-{os.getpid()}"
+    with output_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(probe, "")
+        probe.unlink()
 
 
 @cache

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qresafe.errors import SpecError, nearest
 from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES, SECRET
-from qresafe.registry import quantizers
+from qresafe.registry import judges, quantizers
 from qresafe.specs import Spec
 
 S = TypeVar("S", bound=Spec)
@@ -126,6 +126,9 @@ def _explain(
         return SpecError(f"unknown key {key!r}", where=where, remedy=nearest(location[-1], known))
     if first["type"].startswith("union_tag"):
         tag = str(first.get("ctx", {}).get("tag"))
+        if "judges" in location and tag in judges.names:
+            remedy = f"write {tag} without braces"
+            return SpecError(f"the judge {tag!r} takes no settings", where=where, remedy=remedy)
         if "judges" in location:
             remedy = nearest(tag, MODEL_JUDGES)
             return SpecError(f"unknown judge {tag!r} with settings", where=where, remedy=remedy)

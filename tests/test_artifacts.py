@@ -210,3 +210,10 @@ def test_disk_errors_are_one_sentence(number: int, words: str) -> None:
 def test_other_os_errors_stay_what_they_are() -> None:
     with pytest.raises(FileNotFoundError), disk_errors("/somewhere"):
         raise FileNotFoundError(2, "x")
+
+
+def test_a_storage_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for storage in (str(tmp_path / "file"), "/proc/x"):
+        with pytest.raises(ResourceError, match="cannot write"):
+            Run(storage, "r").check()

@@ -66,6 +66,9 @@ def test_a_run_drops_what_leaks_and_tells_of_its_attacks(
         ("W", 2, 2), ("Q0", 2, 2), ("Q", 2, 2)
     ]  # fmt: skip
     assert data["attacks"] == attacks
+    page = (Path(data["report"])).read_text()
+    assert "<h2>Under attack</h2>" in page
+    assert "Of 4 calibration prompts, 1 are evaluation prompts (of 2) and 1 nearly are" in page
     # The command finds the same attack finished, and shows it.
     shown = said(capsys, "attack", "cpu-smoke", "--arm", "W", "--arm", "Q", *keys)
     assert "temperature 0.7" in shown

@@ -64,7 +64,26 @@ def test_a_threshold_that_is_given_must_be_measured(cli: Any, tmp_path: Path) ->
     code, out, _ = cli("--baseline", path, "--candidate", path, "--max-over-refusal-increase", "3")
     assert code == 4
     assert "unmeasured (exit code 4)" in out
-    assert "no prompts of this axis" in out
+    assert "no prompts with decided answers of this axis" in out
+
+
+def test_only_the_axes_that_are_named_are_checked(cli: Any, tmp_path: Path) -> None:
+    path = answered(tmp_path / "a.jsonl", 200, 3)  # 1 point of utility takes 381
+    files = ["--baseline", path, "--candidate", path, "--json"]
+    assert cli(*files)[0] == 5
+    code, out, err = cli(*files, "--only", "attack_success")
+    assert code == 0, err
+    assert [check["axis"] for check in json.loads(out)["checks"]] == ["attack_success"]
+    code, out, _ = cli(*files, "--only", "attack_success", "--only", "over_refusal")
+    assert code == 4
+    assert len(json.loads(out)["checks"]) == 2
+
+
+@pytest.mark.parametrize("more", [("--max-utility-drop", "1"), ("--utility", "coherence")])
+def test_what_only_leaves_out_takes_no_threshold(cli: Any, more: tuple[str, str]) -> None:
+    code, _, err = cli("runs/x", "--only", "attack_success", *more)
+    assert code == 2
+    assert "--only leaves out utility" in err
 
 
 def test_the_table_says_what_would_resolve_it(cli: Any, tmp_path: Path) -> None:
@@ -78,7 +97,11 @@ def test_the_table_says_what_would_resolve_it(cli: Any, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ([], "there is nothing to compare"),
-        (["--baseline", "a.jsonl"], "there is nothing to compare"),
+        (["--baseline", "a.jsonl"], "--candidate is missing"),
+        (["--candidate", "a.jsonl"], "--baseline is missing"),
+        (["a.jsonl"], "no run: give two such files, --baseline FILE and --candidate FILE"),
+        (["demo", "--set", "evaluate.judges=[keyword]"], "--set and --workers change nothing"),
+        (["demo", "--workers", "2"], "--set and --workers change nothing"),
         (["--baseline-model", "x"], "only one model"),
         (["--baseline-model", "x", "--baseline", "y"], "both given"),
         (["--prompts", "p.jsonl"], "--prompts needs models"),
@@ -93,6 +116,18 @@ def test_a_mistake_is_one_sentence_and_code_2(cli: Any, arguments: list[str], to
     assert err.strip().splitlines()[-1].startswith("error: ")
     assert told in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("junit", ["a.jsonl/x.xml", "/proc/x/j.xml", "."])
+def test_a_path_that_junit_cannot_have_is_refused_before_any_work(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, junit: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = answered(Path("a.jsonl"), 20, 1)
+    code, out, err = cli("--baseline", path, "--candidate", path, "--junit", junit)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: cannot write in {junit}: give a ")
+    assert not (tmp_path / "store").exists()
 
 
 def test_different_prompts_are_refused(cli: Any, tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ def test_risk_one_is_benign_only() -> None:
         (["evaluate.prompts=[{axes: harmful}]"], ["evaluate.prompts.0.axes", "did you mean axis"]),
         (["evaluate.judges=[llm]"], ["judge 'llm' needs settings: write {judge: llm, ...}"]),
         (["evaluate.judges=[{judge: lm}]"], ["unknown judge 'lm'", "did you mean llm"]),
+        (
+            ["evaluate.judges=[{judge: refusal}]"],
+            ["takes no settings", "write refusal without braces"],
+        ),
         (["evaluate.judges=[{judge: llm}]"], ["evaluate.judges.0.model", "required"]),
         (["evaluate.judges=[{judge: llm, modl: x}]"], ["evaluate.judges.0.modl", "model"]),
         (

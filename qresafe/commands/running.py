@@ -154,7 +154,7 @@ def tell_comparison(compared: Artifact) -> None:
     asked = [m for m in MEASURES if any(m.name in arm.measures for arm in comparison.arms)]
     header = ["% of n", "n", *(arm.label for arm in comparison.arms)]
     table(header, [_share_row(measure.title, measure.name, comparison) for measure in asked])
-    typer.echo("\nBelow each share: its 95 % interval.")
+    typer.echo(f"\nBelow each share: {_kind_of_interval(comparison.cluster)}.")
     for measure in asked:
         typer.echo(f"{measure.title}: {measure.meaning} ({measure.better} is good)")
 
@@ -166,8 +166,15 @@ def _share_row(title: str, name: str, comparison: Comparison) -> list[str]:
     return [title, size, *(share_cell(share) for share in shares)]
 
 
+def _kind_of_interval(cluster: str) -> str:
+    if not cluster:
+        return "its 95 % Wilson interval"
+    return f"its 95 % cluster interval, by whole {cluster}s; without clusters, Wilson's"
+
+
 def share_cell(share: Share | AtK | None) -> str:
-    """Return a share in percent, its interval below."""
+    """Return a share in percent, below it the interval that knows of clusters, or else Wilson's."""
     if share is None or share.share is None:
         return "-"
-    return f"{100 * share.share:.1f}\n{100 * share.low:.1f}-{100 * share.high:.1f}"
+    low, high = share.interval
+    return f"{100 * share.share:.1f}\n{100 * low:.1f}-{100 * high:.1f}"

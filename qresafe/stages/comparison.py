@@ -49,6 +49,13 @@ class Share(Found):
     cluster_low: float | None = None
     cluster_high: float | None = None
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval to show: the one that knows of clusters where there are any."""
+        if self.cluster_low is None or self.cluster_high is None:
+            return self.low, self.high
+        return self.cluster_low, self.cluster_high
+
 
 class AtK(Found):
     """Mean chance that at least one of k samples of a prompt is a yes (ASR@k).
@@ -68,6 +75,11 @@ class AtK(Found):
     share: float
     low: float
     high: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its interval, by the name that a share's has."""
+        return self.low, self.high
 
 
 class Utility(Found):

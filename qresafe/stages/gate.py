@@ -123,8 +123,9 @@ def gate(
         baseline: The model that is in use, read.
         candidate: The model that may replace it; the same prompts, in any order.
         thresholds: What to check, and how much worse is accepted.
-        asr: One of `ASR_MEASURES`; None: the first that can be asked.
-        utility: One of `UTILITIES`; None: the first that says something (see docs/gate.md).
+        asr: One of `ASR_MEASURES`, which then must be measured; None: the first that can be asked.
+        utility: One of `UTILITIES`, which then must be measured; None: the first that says
+            something (see docs/gate.md).
 
     Raises:
         DataError: The two did not answer the same prompts.
@@ -135,7 +136,10 @@ def gate(
         "over_refusal": _first_share(baseline, candidate, ("over_refusal",)),
         "utility": _utility(baseline, candidate, utility),
     }
-    checks = [_check(axis, measured[axis], bound) for axis, bound in thresholds.items()]
+    named = {"attack_success": asr, "utility": utility}
+    checks = [
+        _check(axis, measured[axis], bound, named.get(axis)) for axis, bound in thresholds.items()
+    ]
     verdict = overall([check.verdict for check in checks])
     return GateResult(
         baseline=baseline.label,
@@ -171,10 +175,10 @@ def overall(verdicts: list[Verdict]) -> Verdict:
     return "unmeasured"
 
 
-def _check(axis: Axis, found: Worsening | None, bound: Threshold) -> Check:
+def _check(axis: Axis, found: Worsening | None, bound: Threshold, named: str | None) -> Check:
     if found is None:
-        verdict: Verdict = "unmeasured" if bound.required else "skipped"
-        reason = "no prompts of this axis with decided answers under both models"
+        verdict: Verdict = "unmeasured" if bound.required or named else "skipped"
+        reason = f"no prompts with {named or 'decided answers of this axis'} under both models"
         return Check(axis=axis, threshold=bound.points, verdict=verdict, reason=reason)
     threshold = bound.points / 100
     verdict = _verdict(found.low, found.high, threshold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -163,17 +164,23 @@ def _jsonl(path: Path) -> Iterator[list[tuple[str, Row]]]:
     for number, row in read_jsonl(path):
         where = f"{path}, line {number}"
         for name in NEEDED:
-            if not isinstance(row.get(name), str):
-                remedy = nearest(
-                    name, [key for key, value in row.items() if isinstance(value, str)]
-                )
-                raise DataError(f"no text under {name!r}", where=where, remedy=remedy)
+            _check_text(name, row, where)
         piece.append((where, {key: row[key] for key in COMPLETION.names if key in row}))
         if len(piece) == PIECE:
             yield piece
             piece = []
     if piece:
         yield piece
+
+
+def _check_text(name: str, row: Row, where: str) -> None:
+    if isinstance(row.get(name), str):
+        return
+    if name in row:
+        what = f"{name!r} is {json.dumps(row[name])[:40]}, no text"
+        raise DataError(what, where=where, remedy="write a text")
+    texts = [key for key, value in row.items() if isinstance(value, str)]
+    raise DataError(f"no text under {name!r}", where=where, remedy=nearest(name, texts))
 
 
 def _completed(row: Row) -> Row:

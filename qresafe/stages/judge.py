@@ -60,8 +60,11 @@ def judge(
         UserError: A judge's model or endpoint is not usable.
     """
     titles = [title_of(spec) for spec in judges]
-    if not titles or len(set(titles)) < len(titles):
-        raise DataError(f"judges {titles} are none or repeat", remedy="name each judge once")
+    if not titles:
+        raise DataError("no judge is named", remedy="name one, such as evaluate.judges=[refusal]")
+    if again := [title for title, count in collections.Counter(titles).items() if count > 1]:
+        what = f"the judge {again[0]!r} is named more than once"
+        raise DataError(what, remedy="name each judge once; a model judge may be given a name")
     rules = {name: registry.get(name) for name in judges if isinstance(name, str)}
     asked = _ask_models(run, completions, judges, runtime or InProcessRuntime(), progress, label)
 

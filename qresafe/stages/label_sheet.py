@@ -16,6 +16,7 @@ from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from qresafe.artifacts import output_errors
 from qresafe.errors import DataError, nearest
 from qresafe.records import Outcome
 from qresafe.stages.runtime import Row
@@ -107,6 +108,7 @@ def write_sheet(
 
     Raises:
         DataError: The sheet exists already, or there is nothing to label.
+        ResourceError: It cannot be written.
     """
     if sheet.exists() or key_path(sheet).exists():
         remedy = "give another --out: a sheet may hold somebody's labels"
@@ -125,11 +127,12 @@ def write_sheet(
             digest=_digest(row["completion"]),
         )
         lines.append([name, _shown(row["prompt"]), _shown(row["completion"]), ""])
-    sheet.parent.mkdir(parents=True, exist_ok=True)
     key = Key(seed=seed, sources=dict(paths), items=items, verdicts=dict(verdicts or {}))
-    key_path(sheet).write_text(key.model_dump_json(indent=1), "utf-8")
-    with sheet.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[*COLUMNS, LABEL], *lines])
+    with output_errors(sheet):
+        sheet.parent.mkdir(parents=True, exist_ok=True)
+        key_path(sheet).write_text(key.model_dump_json(indent=1), "utf-8")
+        with sheet.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([[*COLUMNS, LABEL], *lines])
     return key
 
 

@@ -33,7 +33,7 @@ from qresafe.stages.examples import choose, told
 from qresafe.stages.narrative import details, headline
 from qresafe.stages.report_data import Provenance, ReportData, StageCost, StageKey
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = ("report.html", "report.json", "model_card.md")
 
@@ -112,6 +112,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "worst_cases": parts.worst_cases(comparison),
         "at_k": parts.at_k(comparison),
         "contamination": parts.contamination(comparison),
+        "sources": parts.sources(comparison),
         "examples": choose(told(given.arms)),
         "curves": view.curves(history),
         "layers": view.layers(export),

@@ -197,8 +197,18 @@ def contamination(comparison: Comparison) -> str:
     found = comparison.contamination
     if found is None:
         return ""
+    dropped = found.exact + found.near
     return (
         f"Of {found.calibration:,} calibration prompts, {found.exact:,} are evaluation prompts "
         f"(of {found.evaluation:,}) and {found.near:,} nearly are ({found.measure} of "
-        f"{found.threshold:g} or more): they were left out."
+        f"{found.threshold:g} or more): {'they were left out' if dropped else 'none was dropped'}. "
+        f"The highest similarity among those kept is {found.highest_kept:.2f}."
     )
+
+
+def sources(comparison: Comparison) -> list[tuple[str, str, str, str, str]]:
+    """Return (benchmark, title, licence, citation, repeats dropped) of each public prompt set."""
+    return [
+        (name, one.title, one.licence, one.citation, f"{one.repeats:,}")
+        for name, one in comparison.sources.items()
+    ]

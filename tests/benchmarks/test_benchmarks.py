@@ -41,6 +41,14 @@ def test_embedded_names_its_splits() -> None:
         load(PromptSetSpec(split="tset"))
 
 
+@pytest.mark.parametrize(
+    "key", ["path", "column", "target_column", "category_column", "lang_column", "subset"]
+)
+def test_embedded_does_not_measure_its_own_prompts_in_place_of_a_file(key: str) -> None:
+    with pytest.raises(SpecError, match=f"takes no {key} .got 'mine'.*add `benchmark: prompts`"):
+        load(PromptSetSpec.model_validate({key: "mine"}))
+
+
 def test_unknown_benchmark() -> None:
     with pytest.raises(SpecError, match="advbench"):
         load(PromptSetSpec(benchmark="advbnch"))

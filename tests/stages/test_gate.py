@@ -146,6 +146,24 @@ def test_what_is_asked_for_must_be_measured(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "axis", "code"),
+    [
+        ({}, "utility", 0),
+        ({"utility": "coherence"}, "utility", 0),
+        ({"utility": "perplexity"}, "utility", 4),  # no reference was scored
+        ({"asr": "attack_success"}, "attack_success", 0),
+    ],
+)
+def test_a_measure_that_is_named_must_be_measured(
+    run: Run, named: dict[str, str], axis: str, code: int
+) -> None:
+    found = decide(run, harmful(400, 0), harmful(400, 0), **named)
+    check = next(one for one in found.checks if one.axis == axis)
+    assert (found.exit_code, check.verdict) == (code, "unmeasured" if code else "pass")
+    assert code == 0 or check.reason == "no prompts with perplexity under both models"
+
+
+@pytest.mark.parametrize(
     ("verdicts", "wanted"),
     [
         (["pass", "skipped"], "pass"),

@@ -50,7 +50,8 @@ def test_a_folder_is_all_its_files_in_any_order(tmp_path: Path) -> None:
     ("row", "told"),
     [
         ({"prompt": "p"}, "no text under 'completion' in .*line 2"),
-        ({"prompt": "p", "completion": 3}, "no text under 'completion' in .*line 2"),
+        ({"prompt": "p", "completion": 3}, "'completion' is 3, no text in .*line 2: write a text"),
+        ({"prompt": None, "completion": "c"}, "'prompt' is null, no text in .*line 2: write a"),
         ({"prompt": "p", "completion": "c", "axis": "harmfull"}, "axis 'harmfull' in .*line 2"),
         ({"prompt": "p", "completion": "c", "sample": "x"}, "wrong column type"),
         ({"prompt": "p 0", "completion": "again"}, "two completions of the same prompt"),

@@ -206,8 +206,10 @@ def test_our_rubric_judges_all_axes_and_qis_the_harmful_one(
     assert len(state.bodies) == 1
 
 
-def test_two_judges_of_one_name_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="name each judge once"):
+def test_no_judge_and_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no judge is named: name one"):
+        judged(tmp_path, rows_of("No."))
+    with pytest.raises(DataError, match="is named more than once: name each judge once"):
         judged(tmp_path, rows_of("No."), spec("http://x/v1"), spec("http://y/v1"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fabricated import row
 
-from qresafe.errors import DataError
+from qresafe.errors import DataError, ResourceError
 from qresafe.stages.judge_error import evaluate_sheet
 from qresafe.stages.label_sheet import (
     Item,
@@ -66,6 +66,12 @@ def test_a_sheet_tells_no_model_and_leads_back_by_its_key(sheet: Path) -> None:
     assert {item.source for item in key.items.values()} == {"W", "Q0"}
     drawn = [(i.source, i.prompt_id) for i in key.items.values()]
     assert drawn != sorted(drawn, reverse=True)  # shuffled
+
+
+def test_a_sheet_that_cannot_be_written_is_one_sentence(sheet: Path) -> None:
+    for path in (sheet / "s.csv", Path("/proc/x/s.csv")):
+        with pytest.raises(ResourceError, match=r"cannot write in .*: give a"):
+            write_sheet(path, ROWS, PATHS, n=8, seed=3)
 
 
 def test_a_seed_draws_the_same_sheet(sheet: Path, tmp_path: Path) -> None:

@@ -24,9 +24,17 @@ from qresafe.stages.comparison import (
     Contamination,
     JudgeAgreement,
     Share,
+    Source,
 )
 from qresafe.stages.report import ReportInput, render, report, tell
-from qresafe.stages.report_parts import at_k, attacks, parts, worst_cases
+from qresafe.stages.report_parts import (
+    at_k,
+    attacks,
+    contamination,
+    parts,
+    sources,
+    worst_cases,
+)
 from qresafe.stages.statistics import wilson
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -105,6 +113,36 @@ def test_attacks_judges_and_leaks_are_shown_where_they_are(given: tuple[Run, Rep
     assert "temperature 1.0</td><td>95.0" in page.replace("\n", "")
     assert "0.72" in page
     assert "3 nearly are (likeness of 0.8 or more): they were left out" in page
+
+
+def leak(exact: int, near: int, kept: float) -> Contamination:
+    found = {"calibration": 10, "evaluation": 5, "exact": exact, "near": near}
+    return Contamination(**found, measure="likeness", threshold=0.8, highest_kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (leak(0, 0, 0.4567), "or more): none was dropped. The highest similarity among those kept"),
+        (leak(0, 2, 0.75), "they were left out. The highest similarity among those kept is 0.75."),
+    ],
+)
+def test_what_was_dropped_and_how_near_the_rest_is(
+    given: tuple[Run, ReportInput], found: Contamination, told: str
+) -> None:
+    comparison = read_comparison(given[1].comparison)
+    assert contamination(comparison) == ""
+    assert told in contamination(comparison.model_copy(update={"contamination": found}))
+
+
+def test_public_prompts_are_told_with_licence_and_citation(given: tuple[Run, ReportInput]) -> None:
+    shown = tell(given[1])
+    assert "<h3>Prompts</h3>" not in render(shown)["report.html"]
+    source = Source(title="A set", licence="MIT & co", citation="Doe 2024", origin="x", repeats=3)
+    shown["sources"] = sources(shown["comparison"].model_copy(update={"sources": {"set": source}}))
+    page = render(shown)["report.html"].partition("<h2>Provenance</h2>")[2]
+    for cell in ("set", "A set", "MIT &amp; co", "Doe 2024", "3"):
+        assert f">{cell}</td>" in page
 
 
 def test_a_heat_map_for_each_family(given: tuple[Run, ReportInput]) -> None:
