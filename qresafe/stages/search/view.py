@@ -118,13 +118,12 @@ def details(
     told += [f"{twins} equal to an earlier one"] if twins else []
     sentences = [f"{len(rows)} trials: {', '.join(told)}; {len(front)} on the Pareto front."]
     if found and best is not None and best.index:
-        better = seeds_better(search, found)
-        seeds = len(search.spec.confirm)
+        better, seeds = seeds_better(search, found), len(search.spec.confirm)
+        terms = [_term(o.metric, o.weight) for o in search.spec.objectives]
         sentences.append(
             f"The winner's weighted sum on the test prompts is the lower one with {better} of "
-            f"{seeds} seed{'s' if seeds > 1 else ''}. The sum is " + " + ".join(_term(o.metric, o.weight) for o in
-                                              search.spec.objectives) + "."
-        )  # fmt: skip
+            f"{seeds} seed{'s' if seeds > 1 else ''}. The sum is {' + '.join(terms)}."
+        )
     return sentences
 
 
