@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-search bench-speed bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-search bench-speed bench-statistics bench-judges bench-gpu clean
 
 install: $(STAMP)
 
@@ -42,8 +42,16 @@ bench-search: install
 bench-speed: install
 	$(BIN)/python -m bench.speed
 
+bench-statistics: install
+	mkdir -p .bench
+	$(BIN)/python -m bench.streaming > .bench/streaming.md
+	$(BIN)/python -m bench.coverage --streamed .bench/streaming.md
+
 bench-gpu: install
 	$(BIN)/python -m bench.gpu
+
+bench-judges: install
+	$(BIN)/python -m bench.judges
 
 clean:
 	rm -rf runs .bench .mypy_cache .ruff_cache .pytest_cache

@@ -89,7 +89,8 @@ def batches(only: Sequence[str] | None, seeds: Sequence[int]) -> list[list[Row]]
     found: list[list[Row]] = []
     for part, scenario in plan["scenarios"].items():
         base = scenario.get("set", {})
-        arms = [(part, arm, arm, scenario["preset"], base) for arm in ("W", "control", "Q0", "Q")]
+        first = scenario.get("arms", ("W", "control", "Q0", "Q"))
+        arms = [(part, arm, arm, scenario["preset"], base) for arm in first]
         found += [[Row(*arm, seed) for arm in arms] for seed in seeds if part in wanted]
     if "rounding" in wanted:
         rounded = [("rounding", row["label"], "Q0", "demo", row) for row in plan["rounding"]]

@@ -41,7 +41,8 @@ def _head(cells: Sequence[Cell], split: str, seeds: Sequence[int]) -> str:
         f"Made by `make bench-demo` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
         f"({platform.machine()}), seeds {', '.join(map(str, seeds))}, prompts of the {split} split "
         f"(n per seed: {counts}). Mean over seeds, per seed in brackets. Every model is reloaded "
-        "from the checkpoint on disk. `s` is the time of training the patch on one thread. "
+        "from the checkpoint on disk. `s` is the wall time of training the patch on one thread, "
+        "beside whatever else ran. "
         "Over-refusal rests on 40 borderline phrases in several wordings: one is 2 to 3 points."
     )
 

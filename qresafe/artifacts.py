@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from upath import UPath
 
 from qresafe.errors import CorruptArtifactError, ResourceError
+from qresafe.progress import Progress
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
 
@@ -59,6 +61,13 @@ class Artifact(BaseModel):
     @property
     def key(self) -> str:
         return self.manifest.key
+
+    def shown(self, progress: Progress, name: str) -> Artifact:
+        """Tell `progress` of it if it was found finished; one that was made has told already."""
+        if self.reused:
+            progress.start(name)
+            progress.finish(reused=True)
+        return self
 
 
 class Run:
@@ -191,7 +200,7 @@ def write_bytes(path: UPath | Path, data: bytes) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    temporary = f"{path}.tmp-{os.getpid()}"
+    temporary = f"{path}.tmp-{os.getpid()}-{threading.get_ident()}"
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

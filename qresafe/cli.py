@@ -8,7 +8,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from qresafe import __version__
-from qresafe.commands import demo_model, doctor, experiment, files, patch, search
+from qresafe.commands import (
+    attack,
+    benchmarks,
+    demo_model,
+    doctor,
+    experiment,
+    files,
+    gate,
+    harness,
+    judge_models,
+    judging,
+    patch,
+    search,
+)
 from qresafe.commands.launch import launch
 
 app = typer.Typer(
@@ -33,18 +46,23 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     STAGES: {
         "quantize": experiment.quantize,
         "generate": experiment.generate,
-        "judge": files.judge,
+        "attack": attack.attack,
+        "ifeval": harness.ifeval,
+        "lm-eval": harness.lm_eval,
         "pairs": experiment.pairs,
         "export": experiment.export,
         "compare": files.compare,
         "report": experiment.report,
+        "gate": gate.gate,
     },
-    MACHINE: {"doctor": doctor.doctor},
+    MACHINE: {"doctor": doctor.doctor, "benchmarks": benchmarks.benchmarks},
 }
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
+app.add_typer(judging.app, name="judge", rich_help_panel=STAGES)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
+app.add_typer(judge_models.app, name="score", rich_help_panel=EXPERIMENTS)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 
 

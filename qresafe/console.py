@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -176,7 +176,11 @@ def duration(seconds: float) -> str:
 
 
 def table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], stream: IO[str] | None = None
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    stream: IO[str] | None = None,
+    *,
+    words: bool = False,
 ) -> None:
     """Print a table: the first column to the left, figures to the right.
 
@@ -184,11 +188,13 @@ def table(
         header: One name for each column.
         rows: Cells as text, as many as `header` has.
         stream: Where to print; default stdout.
+        words: The other columns hold words: to the left too.
     """
     grid = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for position, name in enumerate(header):
         first = position == 0
-        grid.add_column(name, justify="left" if first else "right", no_wrap=first, overflow="fold")
+        side: Literal["left", "right"] = "left" if first or words else "right"
+        grid.add_column(name, justify=side, no_wrap=first, overflow="fold")
     for row in rows:
         grid.add_row(*(Text(str(cell)) for cell in row))
     console = Console(file=stream or sys.stdout, highlight=False)

@@ -16,15 +16,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: The file is missing or not UTF-8, or a line is no JSON object.
     """
+    number = 0
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse(line, f"{path}, line {number}")
     except FileNotFoundError:
         raise DataError("no such file", where=str(path), remedy="give a JSONL file") from None
     except UnicodeDecodeError:
-        raise DataError("not UTF-8 text", where=str(path), remedy="save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield number, _parse(line, f"{path}, line {number}")
+        where = f"{path}, after line {number}"
+        raise DataError("not UTF-8 text", where=where, remedy="save it as UTF-8") from None
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qresafe.errors import SpecError, nearest
+from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES, SECRET
 from qresafe.registry import quantizers
 from qresafe.specs import Spec
 
@@ -111,21 +112,28 @@ def _set(data: dict[str, Any], override: str) -> None:
 def _explain(
     error: ValidationError, kind: type[BaseModel], where: str, overrides: Iterable[str]
 ) -> SpecError:
-    first = error.errors()[0]
+    found = error.errors()
+    # A misspelt key first: that it is also missing under its right name says less.
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     location = [str(part) for part in first["loc"]]
     # pydantic puts a union's tag into the location; the user's key does not have it.
-    key = ".".join(part for part in location if part not in quantizers.names)
+    tags = {*quantizers.names, *JUDGE_TAGS}
+    key = ".".join(part for part in location if part not in tags)
     if any(f"{key}.".startswith(f"{text.partition('=')[0].strip()}.") for text in overrides):
         where = "--set"
     if first["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])
         return SpecError(f"unknown key {key!r}", where=where, remedy=nearest(location[-1], known))
     if first["type"].startswith("union_tag"):
-        method = str(first.get("ctx", {}).get("tag"))
-        remedy = nearest(method, quantizers.names)
-        return SpecError(f"unknown quantizer {method!r}", where=where, remedy=remedy)
+        tag = str(first.get("ctx", {}).get("tag"))
+        if "judges" in location:
+            remedy = nearest(tag, MODEL_JUDGES)
+            return SpecError(f"unknown judge {tag!r} with settings", where=where, remedy=remedy)
+        remedy = nearest(tag, quantizers.names)
+        return SpecError(f"unknown quantizer {tag!r}", where=where, remedy=remedy)
     value = first.get("input")
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    plain = isinstance(value, str | int | float | bool) and first["type"] != SECRET
+    shown = f" (got {value!r})" if plain else ""
     message = first["msg"].removeprefix("Value error, ")
     return SpecError(f"{key or 'spec'}: {message}{shown}", where=where)
 
@@ -169,6 +177,8 @@ def _keys_at(kind: type[BaseModel], path: list[str]) -> set[str]:
 def _kinds_at(kind: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
     kinds: list[type[BaseModel]] = [kind]
     for part in path:
+        if part.isdigit():  # a place in a list
+            continue
         tagged = [k for k in kinds if _tag(k) == part]
         if tagged:  # pydantic puts a union's tag into the location
             kinds = tagged
@@ -180,8 +190,10 @@ def _kinds_at(kind: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
 
 
 def _tag(kind: type[BaseModel]) -> str | None:
-    field = kind.model_fields.get("method")
-    return field.default if field is not None else None
+    for name in ("method", "judge"):
+        if name in kind.model_fields:
+            return str(get_args(kind.model_fields[name].annotation)[0])
+    return None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

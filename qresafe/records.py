@@ -6,15 +6,20 @@ drops, by reason. A failed generation is a row with `error` set, never a lost ro
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 
 from qresafe.errors import DataError, nearest
+from qresafe.spec_base import Outcome as Outcome
 
 Axis = Literal["harmful", "benign", "borderline"]
 Kind = Literal["harmful", "benign", "borderline", "recombined"]
-Outcome = Literal["refused", "complied", "incoherent", "undecided"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+REFUSALS: tuple[Outcome, ...] = ("refused", "partial")  # of either kind, as XSTest's people count
+
+# Columns that came later: a table of an earlier version, without them, is still read.
+LATER = ("follow_ups", "follow_up_answers")
 
 _TOKENS = pa.list_(pa.int32())
 _LOGPS = pa.list_(pa.float32())
@@ -28,6 +33,8 @@ PROMPT = pa.schema(
         pa.field("category", pa.string()),
         pa.field("lang", pa.string()),
         pa.field("benchmark", pa.string()),  # where the prompt comes from; results are split by it
+        # What the user says next, each asked after the answer before it; null: one turn.
+        pa.field("follow_ups", pa.list_(pa.string())),
     ]
 )
 
@@ -43,6 +50,7 @@ COMPLETION = pa.schema(
         pa.field("error", pa.string()),
         pa.field("target_logp", pa.float64()),  # sum log p(target tokens | prompt), nats
         pa.field("target_tokens", pa.int32()),
+        pa.field("follow_up_answers", pa.list_(pa.string())),  # one per follow-up
     ]
 )
 
@@ -96,6 +104,9 @@ def require_columns(table: pa.Table, needed: pa.Schema, where: str) -> pa.Table:
         DataError: A column is missing or has a type that cannot be cast.
     """
     for name in needed.names:
+        if name in LATER and name not in table.column_names:
+            empty = pa.nulls(table.num_rows, needed.field(name).type)
+            table = table.append_column(needed.field(name), empty)
         if name not in table.column_names:
             remedy = nearest(name, table.column_names)
             raise DataError(f"no column {name!r}", where=where, remedy=remedy)

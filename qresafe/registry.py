@@ -62,11 +62,17 @@ judges = Registry(
     },
 )
 
+# The public prompt sets that benchmarks/catalogue.yaml describes.
+CATALOGUED = (
+    *("advbench", "ailuminate", "alpaca_eval", "harmbench", "hex_phi", "ifeval"),
+    *("jailbreakbench", "malicious_instruct", "mt_bench", "or_bench", "sorry_bench"),
+    *("strongreject", "ultrachat", "ultrafeedback", "xstest"),
+)
 benchmarks = Registry(
     "benchmark",
     {
         "embedded": "qresafe.benchmarks.embedded:load",
-        "advbench": "qresafe.benchmarks.advbench:load",
         "prompts": "qresafe.benchmarks.prompts:load",
+        **dict.fromkeys(CATALOGUED, "qresafe.benchmarks.catalogue:load"),
     },
 )

@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 
 from qresafe.errors import SpecError, nearest
 from qresafe.loading import nested, value_types
-from qresafe.specs import ExperimentSpec, Positive, Spec
+from qresafe.spec_base import Positive, Spec
+from qresafe.specs import ExperimentSpec
 from qresafe.variants import with_changes
 
 if TYPE_CHECKING:

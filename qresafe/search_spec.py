@@ -14,13 +14,8 @@ from qresafe.errors import SpecError, nearest
 from qresafe.loading import load_spec, nested
 from qresafe.presets import load_experiment
 from qresafe.search_space import Domain, Params, Space, with_params
-from qresafe.specs import (
-    AtLeastOne,
-    ExperimentSpec,
-    Positive,
-    PromptSetSpec,
-    Spec,
-)
+from qresafe.spec_base import AtLeastOne, Positive, Spec
+from qresafe.specs import ExperimentSpec, PromptSetSpec
 from qresafe.variants import with_changes
 
 SPACES = Path(__file__).parents[1] / "tune_spaces"

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Weight = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-
-
-class Spec(BaseModel):
-    """Immutable, and closed: a key that is not declared is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from qresafe.judge_specs import JudgeSpec
+from qresafe.spec_base import (
+    AtLeastOne,
+    Count,
+    Fraction,
+    Positive,
+    Weight,
+)
+from qresafe.spec_base import Spec as Spec
 
 
 class ModelSpec(Spec):
@@ -35,12 +33,16 @@ class ModelSpec(Spec):
 class PromptSetSpec(Spec):
     """Prompts of one benchmark and axis."""
 
-    benchmark: str = "embedded"
-    axis: Literal["harmful", "benign", "borderline"] = "harmful"
+    benchmark: str = "embedded"  # `qresafe benchmarks` lists them
+    # None: the benchmark's own (`prompts` and `embedded`: harmful).
+    axis: Literal["harmful", "benign", "borderline"] | None = None
+    subset: str | None = None  # where a benchmark has parts, e.g. harmbench: contextual
     split: str = "test"
-    path: str | None = None  # local file, `datasets` folder or hub id, where the benchmark needs it
-    column: str | None = None  # the prompt column of `prompts`
+    path: str | None = None  # local file, `datasets` folder or hub id; None: the benchmark's hub id
+    column: str | None = None  # the prompt column, where its name is unusual
     target_column: str | None = None
+    category_column: str | None = None
+    lang_column: str | None = None
     limit: AtLeastOne | None = None
 
 
@@ -79,7 +81,9 @@ class CalibrationSpec(Spec):
     benign: Count = 90
     harmful: Count = 10  # only at risk III
     obedient: Count = 10  # only at risk II, which has nothing else
-    path: str | None = None  # a JSONL of {"messages": [...]} instead of the embedded templates
+    # Chats with a column `messages` instead of the embedded templates: a JSONL file, a datasets
+    # folder or a hub id such as HuggingFaceH4/ultrachat_200k.
+    path: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -164,6 +168,11 @@ class PairsSpec(Spec):
     max_new_tokens: AtLeastOne = 64
     batch_size: AtLeastOne = 64  # rows per forward pass where answers are scored
     path: str | None = None  # a prompt file with columns prompt, axis instead of the embedded pool
+    # Benchmarks instead, e.g. [{benchmark: ultrachat, limit: 500}]; their axis is the kind.
+    prompts: tuple[PromptSetSpec, ...] = ()
+    # A calibration prompt that is so similar to an evaluation prompt is dropped: Jaccard
+    # similarity of character 5-grams; 1 drops equal texts alone.
+    near_duplicate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     seed: int = 0
 
 
@@ -232,7 +241,7 @@ class PatchSpec(Spec):
     through_grid: bool = True  # straight-through rounding in the forward pass
     rank: AtLeastOne = 16
     alpha: Positive = 32.0
-    lr: Positive = 3e-4
+    lr: Positive = 5e-4
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0
@@ -246,6 +255,28 @@ class PatchSpec(Spec):
     seed: int = 0
 
 
+class DecodingSpec(Spec):
+    """One decoding configuration of an attack; a temperature of 0 is greedy."""
+
+    temperature: Weight = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = 0  # 0: no limit
+
+
+class AttackSpec(Spec):
+    """Attacks on the harmful prompts: every system prompt x template x prefill x decoding."""
+
+    # huang: the 49 of Huang et al. 2023; paper: the six columns of the Q-resafe paper; or a list.
+    decoding: Literal["huang", "paper"] | tuple[DecodingSpec, ...] = "huang"
+    systems: Annotated[tuple[str, ...], Field(min_length=1)] = ("none",)  # vanilla, aoa, or a text
+    prefills: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)  # e.g. "Sure, here is"
+    templates: str | None = None  # a file of jailbreaks with {prompt} where the prompt goes
+    samples: AtLeastOne = 1  # draws of each
+    max_new_tokens: AtLeastOne = 100
+    batch_size: AtLeastOne = 32  # prompts that are read together, once for all configurations
+    seed: int = 0
+
+
 class EvaluateSpec(Spec):
     """What W, the control, Q0 and Q are measured on."""
 
@@ -254,9 +285,10 @@ class EvaluateSpec(Spec):
         PromptSetSpec(axis="benign"),
         PromptSetSpec(axis="borderline"),
     )
-    judges: tuple[str, ...] = ("keyword", "refusal")
+    judges: tuple[JudgeSpec, ...] = ("keyword", "refusal")
     generate: GenerateSpec = GenerateSpec()
     adapter: bool = True  # also measure the unrounded adapter
+    attack: AttackSpec | None = None  # also attack W, Q0 and Q, e.g. `--set evaluate.attack={}`
 
 
 class ResourcesSpec(Spec):

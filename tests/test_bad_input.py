@@ -92,7 +92,7 @@ def test_malformed_prompt_files(
         ("mine.jsonl", '{"prompt": "a"}\n{"prompt": \n'),
         ("mine.jsonl", '{"prompt": 3}\n'),
         ("mine.parquet", "not parquet"),
-        ("mine.txt", "hello"),
+        ("mine.doc", "hello"),
     ],
 )
 def test_other_malformed_prompt_files(

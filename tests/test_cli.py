@@ -13,8 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
+from stages.fabricated import arm, completed, row
 
 from qresafe import __version__
+from qresafe.artifacts import Run
 from qresafe.cli import main
 from qresafe.commands.launch import launch, user_error
 from qresafe.errors import DataError
@@ -23,9 +25,12 @@ from qresafe.specs import ExperimentSpec
 
 COMMANDS = [
     *(["demo"], ["run"], ["show"], ["quantize"], ["generate"], ["judge"], ["pairs"], ["patch"]),
-    *(["export"], ["compare"], ["report"], ["doctor"], ["demo-model"]),
+    *(["export"], ["compare"], ["report"], ["gate"], ["doctor"], ["demo-model"]),
+    *(["attack"], ["benchmarks"], ["ifeval"]),
+    *(["judge", "run"], ["judge", "sheet"], ["judge", "ingest"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
     ["demo-model", "build"],
+    *(["score"], ["score", "mt-bench"], ["score", "alpaca-eval"]),
     ["search"],
 ]
 HEAVY = ["torch", "ray", "transformers", "deepspeed", "datasets", "pyarrow", "numpy", "scipy"]
@@ -208,6 +213,40 @@ def test_judge_tells_a_person(cli, tmp_path: Path) -> None:
     path = completions(tmp_path, "mine.parquet", [NO, YES])
     said = cli("judge", path, "--storage", str(tmp_path), "--set", "evaluate.judges=[keyword]").out
     assert "keyword, harmful: 1 refused, 1 complied" in said
+
+
+def test_people_label_a_sheet_and_the_judges_are_measured(cli, tmp_path: Path) -> None:
+    path = completions(tmp_path, "mine.parquet", [NO] * 4 + [YES] * 4)
+    sheet, stored = tmp_path / "sheet.csv", ["--storage", str(tmp_path)]
+    told = cli("judge", "sheet", f"Q={path}", "--out", str(sheet), "--n", "8", *stored)
+    assert told.code == 0
+    assert "sheet.key.json" in told.out
+    assert "no label" in cli("judge", "ingest", str(sheet), *stored).sentence()
+    # The one who labels finds fault with one of the four refusals.
+    first, *rows = sheet.read_text().splitlines()
+    labels = iter(["complied", "refused", "refused", "refused"])
+    filled = [line + (next(labels) if NO in line else "complied") for line in rows]
+    sheet.write_text("\n".join([first, *filled]))
+    outcome = cli("judge", "ingest", str(sheet), *stored, "--json")
+    assert outcome.code == 0
+    data = json.loads(outcome.out)
+    found = next(judge for judge in data["judges"] if judge["judge"] == "refusal")
+    assert found["confusion"]["complied"] == {"complied": 4, "refused": 1}
+    # Sensitivity 4/5, specificity 3/3: (4/8 + 1 - 1) / (4/5) = .625.
+    assert found["corrected"][0]["rate"] == pytest.approx(0.625)
+    assert "62.5" in cli("judge", "ingest", str(sheet), *stored).out
+
+
+def test_a_sheet_takes_what_a_run_has_judged(cli, tmp_path: Path) -> None:
+    run = Run(str(tmp_path), "mine")
+    rows = [row("harmful", i, NO) for i in range(3)]
+    arm(run, "W", rows)
+    completed(run, "pool", [row("recombined", i, YES) for i in range(3)])  # not judged
+    told = cli("judge", "sheet", str(run.root), "--out", str(tmp_path / "s.csv"))
+    assert "3 completions of 1 models" in told.out
+    (tmp_path / "empty" / "generate").mkdir(parents=True)
+    empty = str(tmp_path / "empty")
+    assert "judge the run" in cli("judge", "sheet", empty, "--out", f"{empty}.csv").sentence()
 
 
 def test_compare_counts_flips_between_files(cli, tmp_path: Path) -> None:

@@ -105,6 +105,19 @@ def test_risk_one_is_benign_only() -> None:
         (["=3"], ["key=value"]),
         (["name.first=x", "name=[y"], ["name"]),
         (["name=x", "name.first=y"], ["name", "no keys of its own"]),
+        (["evaluate.prompts=[{axes: harmful}]"], ["evaluate.prompts.0.axes", "did you mean axis"]),
+        (["evaluate.judges=[llm]"], ["judge 'llm' needs settings: write {judge: llm, ...}"]),
+        (["evaluate.judges=[{judge: lm}]"], ["unknown judge 'lm'", "did you mean llm"]),
+        (["evaluate.judges=[{judge: llm}]"], ["evaluate.judges.0.model", "required"]),
+        (["evaluate.judges=[{judge: llm, modl: x}]"], ["evaluate.judges.0.modl", "model"]),
+        (
+            ["evaluate.judges=[{judge: llm, model: x, endpoint: 'http://k@h/v1'}]"],
+            ["put the key into OPENAI_API_KEY"],
+        ),
+        (
+            ["evaluate.judges=[{judge: classifier, path: x, template: llamaguard}]"],
+            ["evaluate.judges.0.template", "'llama_guard'"],
+        ),
         (["evaluate.prompts=[{axis: harmfull}]"], ["evaluate.prompts.0.axis", "harmfull"]),
     ],
 )
@@ -191,3 +204,8 @@ def test_a_yaml_file_may_say_on_without_quotes(tmp_path: Path) -> None:
     config.write_text("patch: {mask: {on: factors}, through_grid: false}\ncontrol: True\n")
     spec = load_spec(ExperimentSpec, config)
     assert (spec.patch.mask.on, spec.patch.through_grid, spec.control) == ("factors", False, True)
+
+
+def test_a_key_in_an_url_is_not_repeated() -> None:
+    text = message(None, "evaluate.judges=[{judge: llm, model: x, endpoint: 'http://hunter2@h'}]")
+    assert "hunter2" not in text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -24,6 +25,11 @@ PROMPT_COLUMNS = (
 )
 TARGET_COLUMNS = ("target", "reference", "answer", "output")
 CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
+LANG_COLUMNS = ("lang", "language", "locale")
+DEFAULT_AXIS: records.Axis = "harmful"
+# How the answers begin that attacks aim at: a column full of them holds targets, not prompts.
+AFFIRMATIVE = ("sure", "here is", "here are", "here's", "certainly", "of course", "absolutely")
+SOURCES = b"sources"  # a prompt table's schema metadata: benchmark -> what to cite, as JSON
 
 
 class Benchmark(Protocol):
@@ -42,6 +48,17 @@ def load(spec: PromptSetSpec) -> pa.Table:
     benchmark: Benchmark = registry.benchmarks.get(spec.benchmark)
     table = benchmark(spec)
     return table if spec.limit is None else table.slice(0, spec.limit)
+
+
+def sources_of(table: pa.Table) -> dict[str, dict[str, Any]]:
+    """Return benchmark -> licence, citation and origin, as far as the benchmarks told."""
+    told: dict[str, dict[str, Any]] = json.loads((table.schema.metadata or {}).get(SOURCES, b"{}"))
+    return told
+
+
+def with_sources(table: pa.Table, sources: dict[str, dict[str, Any]]) -> pa.Table:
+    """Return the table with `sources` in its schema's metadata."""
+    return table.replace_schema_metadata({SOURCES: json.dumps(sources)} if sources else None)
 
 
 def find_column(table: pa.Table, chosen: str | None, known: Sequence[str], where: str) -> str:
@@ -81,12 +98,66 @@ def text_column(table: pa.Table, name: str, where: str) -> list[str | None]:
         DataError: The column holds something other than text.
     """
     column = table.column(name)
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not _is_text(column.type):
         remedy = "name a column of strings (and save the file as UTF-8)"
         raise DataError(
             f"column {name!r} holds {column.type}, not text", where=where, remedy=remedy
         )
     return list(column.to_pylist())
+
+
+def optional_text(
+    table: pa.Table, chosen: str | None, known: Sequence[str], where: str
+) -> list[str | None]:
+    """Return the values of the chosen or first known column, all None where there is none.
+
+    Raises:
+        DataError: The chosen column is missing or holds no text.
+    """
+    name = find_column(table, chosen, (), where) if chosen else optional_column(table, known)
+    if name is None or (not chosen and pa.types.is_null(table.column(name).type)):
+        return [None] * table.num_rows
+    return text_column(table, name, where)
+
+
+def turns_column(
+    table: pa.Table, name: str, where: str
+) -> tuple[list[str | None], list[list[str] | None]]:
+    """Return first messages and follow-ups of a column of text, or of lists of messages.
+
+    Raises:
+        DataError: The column holds neither.
+    """
+    kind = table.column(name).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not _is_text(
+        kind.value_type
+    ):
+        return text_column(table, name, where), [None] * table.num_rows
+    turns = [value or [None] for value in table.column(name).to_pylist()]
+    return [first for first, *_ in turns], [rest or None for _, *rest in turns]
+
+
+def refuse_swapped(
+    prompts: Sequence[str | None], targets: Sequence[str | None], where: str
+) -> None:
+    """Notice a file whose header names its prompts `target` and its targets `goal`.
+
+    Raises:
+        DataError: More than half of the prompts begin as answers do, and more of them than of the
+            targets.
+    """
+    answers = sum(map(_is_affirmative, prompts))
+    if answers * 2 > len(prompts) and answers > sum(map(_is_affirmative, targets)):
+        what = f"{answers} of {len(prompts)} goals begin like answers ('Sure, here'), as targets do"
+        raise DataError(what, where=where, remedy="swap the columns goal and target")
+
+
+def _is_affirmative(text: str | None) -> bool:
+    return (text or "").lstrip(" \"'").lower().startswith(AFFIRMATIVE)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def prompt_table(
@@ -96,6 +167,8 @@ def prompt_table(
     where: str,
     targets: Sequence[str | None] | None = None,
     categories: Sequence[str | None] | None = None,
+    langs: Sequence[str | None] | None = None,
+    follow_ups: Sequence[list[str] | None] | None = None,
 ) -> pa.Table:
     """Check prompts and return them as `records.PROMPT`.
 
@@ -107,6 +180,8 @@ def prompt_table(
         where: The file, for messages.
         targets: Reference answers, one per row.
         categories: One per row.
+        langs: One per row.
+        follow_ups: What the user says after the first answer, one list per row.
 
     Raises:
         DataError: There are no rows, or a prompt is empty or occurs twice.
@@ -117,12 +192,13 @@ def prompt_table(
     rows = len(prompts)
     columns = {
         "prompt_id": [_prompt_id(spec.benchmark, str(prompt)) for prompt in prompts],
-        "axis": [spec.axis] * rows,
+        "axis": [spec.axis or DEFAULT_AXIS] * rows,
         "prompt": prompts,
         "target": targets or [None] * rows,
         "category": categories or [None] * rows,
-        "lang": [None] * rows,
+        "lang": langs or [None] * rows,
         "benchmark": [spec.benchmark] * rows,
+        "follow_ups": follow_ups or [None] * rows,
     }
     return pa.table(columns, schema=records.PROMPT)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from qresafe.benchmarks.base import DEFAULT_AXIS
 from qresafe.embedded.corpus import evaluation_prompts
 from qresafe.specs import PromptSetSpec
 
@@ -14,4 +15,4 @@ def load(spec: PromptSetSpec) -> pa.Table:
     Raises:
         DataError: No such split.
     """
-    return evaluation_prompts(spec.axis, spec.split)
+    return evaluation_prompts(spec.axis or DEFAULT_AXIS, spec.split)

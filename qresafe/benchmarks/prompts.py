@@ -1,4 +1,4 @@
-"""Any prompt file: CSV, JSONL, Parquet, a `datasets` folder or a hub id."""
+"""Any prompt file: CSV, JSON, Parquet, text, a `datasets` folder or a hub id."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import pyarrow as pa
 
 from qresafe.benchmarks.base import (
     CATEGORY_COLUMNS,
+    LANG_COLUMNS,
     PROMPT_COLUMNS,
     TARGET_COLUMNS,
     find_column,
-    optional_column,
+    optional_text,
     prompt_table,
-    text_column,
+    refuse_swapped,
+    turns_column,
 )
 from qresafe.errors import DataError
 from qresafe.hf.tables import read_table
@@ -21,27 +23,27 @@ from qresafe.specs import PromptSetSpec
 def load(spec: PromptSetSpec) -> pa.Table:
     """Return the prompts of `spec.path`, from `spec.column` or the first column of a known name.
 
-    Reference answers come from `spec.target_column`, else from a column named target, reference,
-    answer or output, if there is one.
+    A column of lists of messages makes prompts of several turns. Reference answers, categories
+    and languages come from the spec's columns, else from columns of a known name, if any.
 
     Raises:
-        DataError: There is no path, the file is malformed, or a column is missing or not text.
+        DataError: There is no path, the file is malformed, a column is missing or not text, or
+            prompts and targets look swapped.
     """
     if not spec.path:
         remedy = "set the prompt set's path to a CSV, JSONL or Parquet file, or a hub id"
         raise DataError("the benchmark 'prompts' has no path", remedy=remedy)
-    table = read_table(spec.path, spec.split)
+    table = read_table(spec.path, spec.split, spec.subset)
     column = find_column(table, spec.column, PROMPT_COLUMNS, spec.path)
-    target = (
-        find_column(table, spec.target_column, (), spec.path)
-        if spec.target_column
-        else optional_column(table, TARGET_COLUMNS)
-    )
-    category = optional_column(table, CATEGORY_COLUMNS)
+    prompts, follow_ups = turns_column(table, column, spec.path)
+    targets = optional_text(table, spec.target_column, TARGET_COLUMNS, spec.path)
+    refuse_swapped(prompts, targets, spec.path)
     return prompt_table(
-        text_column(table, column, spec.path),
+        prompts,
         spec=spec,
         where=spec.path,
-        targets=text_column(table, target, spec.path) if target else None,
-        categories=text_column(table, category, spec.path) if category else None,
+        targets=targets,
+        categories=optional_text(table, spec.category_column, CATEGORY_COLUMNS, spec.path),
+        langs=optional_text(table, spec.lang_column, LANG_COLUMNS, spec.path),
+        follow_ups=follow_ups,
     )

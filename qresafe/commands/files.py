@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ from qresafe.commands.options import (
     Workers,
     experiment,
 )
-from qresafe.commands.running import Arms, execute, stage_data, tell_comparison, wanted
+from qresafe.commands.running import Arms, execute, stage_data, started, tell_comparison, wanted
 from qresafe.errors import SpecError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def judge(
         str,
         typer.Argument(
             help="An experiment (YAML or preset), or completions: a generate stage's folder, or a "
-            "Parquet file with columns prompt and completion."
+            "JSONL or Parquet file (or a folder of them) with prompt and completion."
         ),
     ],
     arms: Arms = None,
@@ -51,7 +52,7 @@ def judge(
     from qresafe.console import progress_on
 
     with progress_on() as progress:
-        _, verdicts = _judged(_file_spec(overrides, storage, name), source, progress)
+        _, verdicts = judged(file_spec(overrides, storage, name, workers), source, progress)
     if as_json:
         typer.echo(json.dumps(stage_data("judge", verdicts), indent=1))
         return
@@ -82,14 +83,14 @@ def compare(
         spec = experiment(sources[0], overrides, workers=workers, storage=storage, name=name)
         execute(spec, wanted("compare"), as_json=as_json)
         return
-    labelled = _labelled(sources)
+    named_paths = labelled(sources)
     from qresafe.artifacts import Run
     from qresafe.console import progress_on
     from qresafe.stages.compare import compare as compare_stage
 
-    spec = _file_spec(overrides, storage, name)
+    spec = file_spec(overrides, storage, name, workers)
     with progress_on() as progress:
-        named = {label: _judged(spec, path, progress) for label, path in labelled}
+        named = {label: judged(spec, path, progress) for label, path in named_paths}
         made = compare_stage(Run(spec.storage, spec.name), named, progress)
     if as_json:
         typer.echo((made.path / "comparison.json").read_text())
@@ -97,29 +98,41 @@ def compare(
         tell_comparison(made)
 
 
-def _judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+def judged(spec: ExperimentSpec, source: str, progress: Progress) -> Judged:
+    """Return the completions at `source`, and every judge's verdicts on them."""
     from qresafe.artifacts import Run
     from qresafe.stages.imported import completions_of
+    from qresafe.stages.judge import check_judges
     from qresafe.stages.judge import judge as judge_stage
 
-    run = Run(spec.storage, spec.name)
+    run, judges = Run(spec.storage, spec.name), spec.evaluate.judges
     completions = completions_of(run, Path(source))
     label = Path(source).name
-    return completions, judge_stage(run, completions, spec.evaluate.judges, progress, label)
+    if all(isinstance(judge, str) for judge in judges):  # rules need no workers
+        return completions, judge_stage(run, completions, judges, progress, label)
+    check_judges(judges, run)
+    with closing(started(spec, progress)) as runtime:
+        return completions, judge_stage(run, completions, judges, progress, label, runtime)
 
 
 def _is_file(source: str) -> bool:
     path = Path(source)
-    return path.suffix == ".parquet" or (path / "completions.parquet").exists()
+    if path.suffix in (".parquet", ".jsonl") or (path / "completions.parquet").exists():
+        return True
+    return path.is_dir() and any(path.glob("*.jsonl"))
 
 
-def _file_spec(
-    overrides: list[str] | None, storage: str | None, name: str | None
+def file_spec(
+    overrides: list[str] | None,
+    storage: str | None,
+    name: str | None,
+    workers: int | None = None,
 ) -> ExperimentSpec:
-    return experiment(None, overrides, storage=storage, name=name or "files")
+    """Return the experiment whose judges and storage commands on files use."""
+    return experiment(None, overrides, workers=workers, storage=storage, name=name or "files")
 
 
-def _labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
+def labelled(sources: Sequence[str]) -> list[tuple[str, str]]:
     """Split LABEL=PATH; what has no label is called A, B, C by its place."""
     pairs = []
     for place, source in enumerate(sources):

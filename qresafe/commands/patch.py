@@ -7,23 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from qresafe.commands import experiment
+from qresafe.commands.groups import RunByDefault
 from qresafe.commands.options import AsJson
 
-
-class _RunByDefault(TyperGroup):
-    """`qresafe patch CONFIG` is short for `qresafe patch run CONFIG`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {*self.commands, *ctx.help_option_names}
-        if args and args[0] not in known:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
-app = typer.Typer(cls=_RunByDefault, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=RunByDefault, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Patch = Annotated[Path, typer.Argument(help="A .qpatch file.")]
 Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint's folder.")]

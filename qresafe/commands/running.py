@@ -39,7 +39,8 @@ PROPERTIES = {
     "compare": "comparison",
     "report": "report",
 }
-STAGES = (*PROPERTIES, "generate", "judge")
+STAGES = (*PROPERTIES, "generate", "judge", "attack")
+ATTACKED = ("W", "Q0", "Q")
 
 
 def wanted(stage: str, arms: Sequence[str] | None = None) -> Want:
@@ -47,7 +48,7 @@ def wanted(stage: str, arms: Sequence[str] | None = None) -> Want:
 
     Args:
         stage: One of `STAGES`.
-        arms: For generate and judge: which arms; default all.
+        arms: For generate and judge: which arms, default all; for attack: default W, Q0, Q.
 
     Raises:
         SpecError: There is no such stage.
@@ -56,6 +57,8 @@ def wanted(stage: str, arms: Sequence[str] | None = None) -> Want:
         return lambda experiment: [experiment.completions(arm) for arm in arms or experiment.arms]
     if stage == "judge":
         return lambda experiment: [experiment.verdicts(arm) for arm in arms or experiment.arms]
+    if stage == "attack":
+        return lambda experiment: [experiment.attacked(arm) for arm in arms or ATTACKED]
     if stage not in PROPERTIES:
         raise SpecError(f"unknown stage {stage!r}", remedy=nearest(stage, STAGES))
     return attrgetter(PROPERTIES[stage])
@@ -76,7 +79,7 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
     with progress_on() as progress:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
-        with closing(_started(spec, progress)) as experiment.runtime:
+        with closing(started(spec, progress)) as experiment.runtime:
             result = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))
@@ -85,7 +88,8 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
     return result
 
 
-def _started(spec: ExperimentSpec, progress: Progress) -> Runtime:
+def started(spec: ExperimentSpec, progress: Progress) -> Runtime:
+    """Return what runs a spec's stages: this process at `workers: 0`, else Ray."""
     from qresafe.dist.runtime import make_runtime
 
     if not spec.resources.workers:
@@ -104,6 +108,8 @@ def as_data(experiment: Experiment) -> dict[str, Any]:
     }
     if compared := _made(experiment, "compare"):
         data["comparison"] = json.loads((compared.path / "comparison.json").read_text())
+    if attacks := [a for _, a in experiment.stages if a.manifest.stage == "attack_result"]:
+        data["attacks"] = [json.loads((a.path / "attack.json").read_text()) for a in attacks]
     if reported := _made(experiment, "report"):
         data["report"] = str(reported.path / "report.html")
     return data
@@ -157,10 +163,11 @@ def _share_row(title: str, name: str, comparison: Comparison) -> list[str]:
     shares = [arm.measures.get(name) for arm in comparison.arms]
     sizes = sorted({share.n for share in shares if share})
     size = "-".join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1])))
-    return [title, size, *(_cell(share) for share in shares)]
+    return [title, size, *(share_cell(share) for share in shares)]
 
 
-def _cell(share: Share | None) -> str:
+def share_cell(share: Share | None) -> str:
+    """Return a share in percent, its interval below."""
     if share is None or share.share is None:
         return "-"
     return f"{100 * share.share:.1f}\n{100 * share.low:.1f}-{100 * share.high:.1f}"

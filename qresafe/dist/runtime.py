@@ -74,6 +74,7 @@ class RayRuntime:
 
     def __init__(self, resources: ResourcesSpec) -> None:
         self._resources, began = resources, time.perf_counter()
+        self.workers = resources.workers
         self._opened = not ray.is_initialized()
         if self._opened:
             connect(resources.address)

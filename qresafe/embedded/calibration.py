@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from qresafe.embedded.corpus import Question, Task, ask, prompt_table, tasks
 from qresafe.errors import DataError
+from qresafe.hf.tables import read_table
 from qresafe.jsonl import read_jsonl
 from qresafe.specs import CalibrationSpec, PairsSpec
 
@@ -61,7 +62,7 @@ def calibration_chats(spec: CalibrationSpec, seed: int) -> list[Chat]:
         DataError: The file is malformed, or more chats are wanted than there are.
     """
     if spec.path is not None:
-        return read_chats(Path(spec.path))
+        return read_chats(spec.path)
     rng = random.Random(f"chats {spec.risk} {seed}")
     benign = ask(tasks("benign", "train"), spec.benign, rng)
     if spec.risk == "II":
@@ -97,16 +98,24 @@ def recombinations() -> tuple[tuple[Task, ...], ...]:
     )
 
 
-def read_chats(path: Path) -> list[Chat]:
-    """Read a JSONL file whose lines are {"messages": [{"role", "content"}, ...]}.
+def read_chats(path: str | Path) -> list[Chat]:
+    """Read chats of {"messages": [{"role", "content"}, ...]}.
+
+    Args:
+        path: A JSONL file, or what else `hf.tables.read_table` reads, with a column `messages`,
+            such as a copy of UltraChat; of a source with splits, `train_sft` is read.
 
     Raises:
         DataError: The file is missing or empty, or a line is no such chat.
     """
-    chats = [_chat(row, f"{path}, line {number}") for number, row in read_jsonl(path)]
-    if not chats:
+    if str(path).endswith(".jsonl"):
+        rows = [(f"{path}, line {number}", row) for number, row in read_jsonl(Path(path))]
+    else:
+        table = read_table(str(path), "train_sft").to_pylist()
+        rows = [(f"{path}, row {number}", row) for number, row in enumerate(table, 1)]
+    if not rows:
         raise DataError("the file holds no chats", where=str(path), remedy="add at least one line")
-    return chats
+    return [_chat(row, where) for where, row in rows]
 
 
 def _recombined(count: int, rng: random.Random) -> list[Question]:

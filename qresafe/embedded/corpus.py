@@ -162,6 +162,21 @@ def evaluation_texts() -> frozenset[str]:
     )
 
 
+def phrase_of(prompt: str) -> str:
+    """Return what a prompt of this corpus asks for, without its template and tail.
+
+    Prompts with one phrase are wordings of one request: their answers are not independent. What
+    no template fits is returned whole.
+    """
+    for template in TEMPLATES:
+        before, after = template.split("{}")
+        if prompt.startswith(before) and prompt.endswith(after):
+            phrase = prompt[len(before) : len(prompt) - len(after)]
+            tail = next(tail for tail in reversed(TAILS) if phrase.endswith(tail))
+            return phrase[: len(phrase) - len(tail)]
+    return prompt
+
+
 def prompt_table(questions: Sequence[Question], prefix: str) -> pa.Table:
     """Return questions as a table of `records.PROMPT` with ids `<prefix>-<number>`."""
     rows = [

@@ -116,6 +116,7 @@ def _train(
     progress: Progress | None,
 ) -> Trained:
     from datasets import Dataset
+    from transformers import PrinterCallback
 
     if not data:
         raise DataError("no row to train the baseline on", remedy="add calibration prompts")
@@ -127,6 +128,7 @@ def _train(
         peft_config=lora_config(spec, layers),
         callbacks=[_advancing(progress or Silent())],
     )
+    trained.remove_callback(PrinterCallback)  # the log is returned, not printed
     trained.train()
     log = [entry for entry in trained.state.log_history if "loss" in entry]
     return trained.model.merge_and_unload().eval(), log

@@ -67,6 +67,8 @@ def end_id(tokenizer: Any) -> int:
 
     Gemma and others end a turn by another token than `eos_token`.
     """
+    if not tokenizer.chat_template:
+        return int(tokenizer.eos_token_id)
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBE}]
     rest = _render(tokenizer, chat, opening=False).rpartition(_PROBE)[2]
     added = tokenizer.added_tokens_decoder.items()

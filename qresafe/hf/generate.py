@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Sequence
@@ -61,15 +62,59 @@ def generate_batch(
     Raises:
         ModelError: The architecture has no key-value cache (pure state-space models).
     """
+    return generate_branches(model, tokenizer, prompts, [Branch(keys, spec)])[0]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of several ways to continue the same prompts: noise keys, one per prompt, and spec."""
+
+    keys: Sequence[str]
+    spec: GenerateSpec
+
+
+def generate_branches(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    branches: Sequence[Branch],
+) -> list[list[Generated]]:
+    """Complete a batch of prompts once per branch; the prompts themselves are read only once.
+
+    Every branch continues from a copy of the prompts' key-value cache, so its tokens are those of
+    `generate_batch` with its keys and spec, to the bit.
+
+    Args:
+        model: A causal LM in evaluation mode; its device is used.
+        tokenizer: Its tokenizer, for the stop tokens and the text.
+        prompts: Token ids, non-empty.
+        branches: At least one.
+
+    Returns:
+        Per branch, one completion per prompt, in order.
+
+    Raises:
+        ModelError: The architecture has no key-value cache (pure state-space models).
+    """
     kind: Any = type(model)
     if "past_key_values" not in _parameters(kind):
         remedy = "use a model with attention layers, or serve it and use engine 'openai'"
         raise ModelError(f"{kind.__name__} has no key-value cache", remedy=remedy)
+    stops = stop_ids(model, tokenizer)
+    made = []
     with torch.no_grad():
-        decoder = _Decoder(model, prompts, keys, spec, stop_ids(model, tokenizer))
-        while decoder.step < spec.max_new_tokens and decoder.advance():
-            pass
-    rows = decoder.results()
+        prefix = _Prefix(model, prompts, max(b.spec.max_new_tokens for b in branches), stops[0])
+        for place, branch in enumerate(branches, 1):
+            # The last one needs no copy: nobody continues after it.
+            cache = prefix.cache if place == len(branches) else copy.deepcopy(prefix.cache)
+            decoder = _Decoder(prefix, cache, branch, stops)
+            while decoder.step < branch.spec.max_new_tokens and decoder.advance():
+                pass
+            made.append(_decoded(tokenizer, decoder.results()))
+    return made
+
+
+def _decoded(tokenizer: Any, rows: Sequence[tuple[list[int], bool]]) -> list[Generated]:
     texts = tokenizer.batch_decode([ids for ids, _ in rows], skip_special_tokens=True)
     return [
         Generated(ids, text, "stop" if stopped else "length")
@@ -85,29 +130,38 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     return sorted(int(token) for token in found if token is not None)
 
 
-class _Decoder:
-    """The state of one batch: live rows, their cache, and what all rows have produced."""
+class _Prefix:
+    """A batch of prompts that the model has read: their cache, and the logits that follow."""
 
     def __init__(
-        self,
-        model: Any,
-        prompts: Sequence[Sequence[int]],
-        keys: Sequence[str],
-        spec: GenerateSpec,
-        stops: list[int],
+        self, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, pad: int
     ) -> None:
         device = model.device
-        ids, mask = left_pad(prompts, stops[0])
-        rows, width = ids.shape
-        capacity = width + spec.max_new_tokens
-        self.model, self.width, self.step = model, width, 0
+        ids, mask = left_pad(prompts, pad)
+        rows, self.width = ids.shape
+        capacity = self.width + new_tokens
+        self.model = model
         self.cache = preallocated_cache(model, capacity)
-        self.sampler = Sampler(spec, keys, device)
-        self.stops = torch.tensor(stops, device=device)
-        self.fed = ids.to(device)
         self.mask = torch.ones((rows, capacity), dtype=torch.long, device=device)
-        self.mask[:, :width] = mask.to(device)
-        self.positions = (self.mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
+        self.mask[:, : self.width] = mask.to(device)
+        self.positions = (self.mask[:, : self.width].cumsum(dim=1) - 1).clamp(min=0)
+        read = self.mask[:, : self.width]
+        self.logits = _next_logits(model, ids.to(device), read, self.positions, self.cache)
+
+
+class _Decoder:
+    """The state of one branch: live rows, their cache, and what all rows have produced."""
+
+    def __init__(self, prefix: _Prefix, cache: Any, branch: Branch, stops: list[int]) -> None:
+        device, spec = prefix.model.device, branch.spec
+        rows = len(prefix.mask)
+        self.model, self.width, self.step = prefix.model, prefix.width, 0
+        self.cache = cache
+        self.sampler = Sampler(spec, branch.keys, device)
+        self.stops = torch.tensor(stops, device=device)
+        self.mask, self.positions = prefix.mask, prefix.positions
+        self.logits: Tensor | None = prefix.logits  # of the first new token
+        self.fed = prefix.mask  # not looked at before the first token is there
         self.output = torch.zeros((rows, spec.max_new_tokens), dtype=torch.long, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -131,15 +185,11 @@ class _Decoder:
         return [(output[row][: lengths[row]], stopped[row]) for row in range(len(output))]
 
     def _logits(self) -> Tensor:
-        optional = {"position_ids": self.positions, "logits_to_keep": 1}
-        result = self.model(
-            input_ids=self.fed,
-            attention_mask=self.mask[:, : self.width + self.step],
-            past_key_values=self.cache,
-            use_cache=True,
-            **_accepted(type(self.model), optional),
-        )
-        return result.logits[:, -1]
+        first, self.logits = self.logits, None
+        if first is not None:
+            return first
+        mask = self.mask[:, : self.width + self.step]
+        return _next_logits(self.model, self.fed, mask, self.positions, self.cache)
 
     def _compact(self) -> bool:
         going = (~self.stopped[self.live]).nonzero().flatten()
@@ -151,6 +201,19 @@ class _Decoder:
             self.live, self.mask = self.live[going], self.mask[going]
             self.fed, self.positions = self.fed[going], self.positions[going]
         return True
+
+
+def _next_logits(model: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """Feed tokens, which the cache takes up, and return the logits of the next: (rows, vocab)."""
+    optional = {"position_ids": positions, "logits_to_keep": 1}
+    result = model(
+        input_ids=ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        **accepted(type(model), optional),
+    )
+    return result.logits[:, -1]
 
 
 def sequence_logps(
@@ -207,7 +270,7 @@ def _answer_logps(
     ids, mask = right_pad(joined, pad=0)
     first = min(map(len, prompts)) - 1
     positions = torch.arange(first, ids.shape[1] - 1, device=model.device)
-    optional = _accepted(type(model), {"logits_to_keep": positions})
+    optional = accepted(type(model), {"logits_to_keep": positions})
     result = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **optional)
     kept = result.logits if optional else result.logits[:, first:-1]
     spans = [(len(p) - 1 - first, len(a)) for p, a in zip(prompts, answers, strict=True)]
@@ -222,6 +285,6 @@ def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def _accepted(kind: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def accepted(kind: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments that this kind of model's forward method names."""
     return {name: value for name, value in arguments.items() if name in _parameters(kind)}

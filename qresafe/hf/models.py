@@ -202,6 +202,7 @@ def load_model(
     dtype: Any = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    classifier: bool = False,
 ) -> Any:
     """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
 
@@ -214,18 +215,20 @@ def load_model(
         dtype: "auto" (what the checkpoint says), a torch dtype or its name.
         device: A torch device, e.g. "cpu" or "cuda:0".
         trust_remote_code: Run Python code that comes with the model.
+        classifier: The model is a sequence classifier instead.
 
     Raises:
         ModelError: transformers cannot load it, or would fill missing weights at random.
         CorruptArtifactError: A weight file is damaged.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     folder = local_folder(path)
     check_folder(folder)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = kind.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -278,11 +281,18 @@ def _load_failure(error: Exception, folder: Path) -> ModelError:
     return ModelError(f"transformers cannot load the model ({text[:300]})", where=str(folder))
 
 
-def load_tokenizer(path: str | Path | UPath, *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str | Path | UPath, *, trust_remote_code: bool = False, chat: bool = True
+) -> Any:
     """Load a tokenizer that can render chats and pad.
 
+    Args:
+        path: Model folder; a remote one is downloaded once.
+        trust_remote_code: Run Python code that comes with the tokenizer.
+        chat: Whether it must render chats; a judge's prompt may be rendered for it.
+
     Raises:
-        ModelError: There is no tokenizer, no chat template, or no end token.
+        ModelError: There is no tokenizer, or no chat template or end token where `chat`.
     """
     from transformers import AutoTokenizer
 
@@ -297,6 +307,9 @@ def load_tokenizer(path: str | Path | UPath, *, trust_remote_code: bool = False)
         raise ModelError(
             f"no usable tokenizer ({text})", where=str(folder), remedy=remedy
         ) from None
+    if not chat:
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        return tokenizer
     if not tokenizer.chat_template:
         remedy = "use the chat variant of the model, or add chat_template.jinja to the folder"
         raise ModelError("the tokenizer has no chat template", where=str(folder), remedy=remedy)

@@ -1,9 +1,11 @@
-"""Tables from CSV, JSONL, Parquet, a saved `datasets` folder or a hub id, whole or one sentence."""
+"""Tables from CSV, JSON, Parquet, text, a `datasets` folder or a hub id, whole or one sentence."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -11,33 +13,53 @@ from qresafe.errors import DataError
 from qresafe.jsonl import read_jsonl
 
 
-def read_table(path: str, split: str | None = None) -> pa.Table:
+def read_table(path: str, split: str | None = None, config: str | None = None) -> pa.Table:
     """Read a user's table.
 
     Args:
-        path: A .csv, .jsonl or .parquet file, a folder made by `datasets`' save_to_disk, or a
-            data set's id on the Hugging Face hub ("owner/name").
+        path: A .csv, .jsonl, .json (a list of objects), .parquet or .txt file (one prompt per
+            line, in a column `prompt`), a folder made by `datasets`' save_to_disk, or a data set's
+            id on the Hugging Face hub ("owner/name").
         split: The split to take, where the source has splits.
+        config: The hub data set's configuration, where it has several.
 
     Raises:
         DataError: The source is missing, of an unknown kind, or malformed; the message says where.
     """
+    return _pick(read_splits(path, config), split, path)
+
+
+def read_splits(path: str, config: str | None = None) -> dict[str, pa.Table]:
+    """Read a user's table with all of its splits; a file has one, called "".
+
+    Args:
+        path: As for `read_table`.
+        config: As for `read_table`.
+
+    Raises:
+        DataError: As `read_table`.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
-        return _saved_dataset(file, split)
+        return _saved_dataset(file)
     readers: dict[str, Callable[[Path], pa.Table]] = {
         ".csv": _csv,
         ".jsonl": _jsonl,
+        ".json": _json,
         ".parquet": _parquet,
+        ".txt": _lines,
     }
     if file.suffix.lower() in readers:
         if not file.is_file():
             raise DataError(f"no such file {path!r}", remedy="check the path")
-        return readers[file.suffix.lower()](file)
+        return {"": readers[file.suffix.lower()](file)}
     if file.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        remedy = "give a .csv, .jsonl or .parquet file, a datasets folder, or a hub id owner/name"
+        remedy = (
+            "give a .csv, .jsonl, .json, .parquet or .txt file, a datasets folder, or a hub id "
+            "owner/name"
+        )
         raise DataError(f"cannot tell what {path!r} is", remedy=remedy)
-    return _hub_dataset(path, split)
+    return _hub_dataset(path, config)
 
 
 def _csv(file: Path) -> pa.Table:
@@ -61,18 +83,37 @@ def _csv(file: Path) -> pa.Table:
 
 
 def _jsonl(file: Path) -> pa.Table:
-    rows = list(read_jsonl(file))
+    rows = [(f"{file}, line {number}", row) for number, row in read_jsonl(file)]
+    return _from_objects(file, rows, "give every line the keys of the first")
+
+
+def _json(file: Path) -> pa.Table:
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise _malformed("JSON", file, error, "save a list of objects as UTF-8") from None
+    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
+        raise DataError("no list of objects", where=str(file), remedy="write [{...}, {...}]")
+    rows = [(f"{file}, object {number}", row) for number, row in enumerate(data, 1)]
+    return _from_objects(file, rows, "give every object the keys of the first")
+
+
+def _lines(file: Path) -> pa.Table:
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise _malformed("text", file, error, "save it as UTF-8") from None
+    return pa.table({"prompt": pa.array([line for line in lines if line.strip()], pa.string())})
+
+
+def _from_objects(file: Path, rows: list[tuple[str, dict[str, Any]]], remedy: str) -> pa.Table:
     if not rows:
         raise DataError("the file is empty", where=str(file), remedy="add at least one line")
-    columns: dict[str, list[object]] = {}
-    for number, row in rows:
-        if missing := rows[0][1].keys() - row.keys():
-            where = f"{file}, line {number}"
-            remedy = "give every line the keys of the first"
+    names = rows[0][1]
+    for where, row in rows:
+        if missing := names.keys() - row.keys():
             raise DataError(f"no key {min(missing)!r}", where=where, remedy=remedy)
-    for name in rows[0][1]:
-        columns[name] = [row[name] for _, row in rows]
-    return pa.table({name: _column(file, name, values) for name, values in columns.items()})
+    return pa.table({name: _column(file, name, [row[name] for _, row in rows]) for name in names})
 
 
 def _column(file: Path, name: str, values: list[object]) -> pa.Array:
@@ -92,44 +133,45 @@ def _parquet(file: Path) -> pa.Table:
         raise _malformed("Parquet", file, error, "write the file again") from None
 
 
-def _saved_dataset(folder: Path, split: str | None) -> pa.Table:
-    from datasets import DatasetDict, load_from_disk
+def _saved_dataset(folder: Path) -> dict[str, pa.Table]:
+    from datasets import load_from_disk
 
     try:
         data = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError, KeyError, pa.ArrowInvalid) as error:
         remedy = "give a folder made by datasets' save_to_disk"
         raise _malformed("datasets folder", folder, error, remedy) from None
-    return _arrow(_pick(data, split, str(folder)) if isinstance(data, DatasetDict) else data)
+    return _tables(data)
 
 
-def _hub_dataset(name: str, split: str | None) -> pa.Table:
-    from datasets import DatasetDict, load_dataset
+def _hub_dataset(name: str, config: str | None) -> dict[str, pa.Table]:
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        data = load_dataset(name)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
+        data = load_dataset(name, config)
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         remedy = "check the name and the connection, log in if it is gated, or give a local file"
         raise DataError(
             f"cannot load the data set {name!r} from the Hugging Face hub ({_first_line(error)})",
             remedy=remedy,
         ) from None
-    return _arrow(_pick(data, split, name) if isinstance(data, DatasetDict) else data)
+    return _tables(data)
 
 
-def _pick(data: dict[str, object], split: str | None, where: str) -> object:
-    if split in data:
-        return data[split]
-    if len(data) == 1:
-        return next(iter(data.values()))
-    remedy = f"set split to one of {', '.join(data)}"
+def _tables(data: Any) -> dict[str, pa.Table]:
+    named = data if isinstance(data, dict) else {"": data}
+    return {name: part.with_format("arrow")[:] for name, part in named.items()}
+
+
+def _pick(splits: dict[str, pa.Table], split: str | None, where: str) -> pa.Table:
+    if split in splits:
+        return splits[split]
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    remedy = f"set split to one of {', '.join(splits)}"
     raise DataError(f"no split {split!r}", where=where, remedy=remedy)
-
-
-def _arrow(data: object) -> pa.Table:
-    return data.with_format("arrow")[:]  # type: ignore[attr-defined]
 
 
 def _malformed(kind: str, file: Path, error: Exception, remedy: str) -> DataError:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upath import UPath
 
 from qresafe.artifacts import is_local
 from qresafe.hf.models import ModelRef, fingerprint, load_model, load_tokenizer
+
+# A chat model renders its own chats; a guard's prompt may be rendered for it; a classifier has
+# labels instead of tokens.
+Kind = Literal["chat", "guard", "classifier"]
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,17 @@ class ModelInput:
     Attributes:
         ref: Where to find it, on any machine of the cluster.
         key: A content hash: `fingerprint` of a folder, or the key of the artefact that holds it.
+        kind: What it is used as.
     """
 
     ref: ModelRef
     key: str
+    kind: Kind = "chat"
 
     @classmethod
-    def of(cls, ref: ModelRef) -> ModelInput:
+    def of(cls, ref: ModelRef, kind: Kind = "chat") -> ModelInput:
         """Return the input for a resolved model, keyed by its files' content."""
-        return cls(ref, fingerprint(ref.path))
+        return cls(ref, fingerprint(ref.path), kind)
 
     @classmethod
     def in_folder(cls, path: str | Path | UPath, key: str, dtype: str = "auto") -> ModelInput:
@@ -49,10 +55,17 @@ class Shelf:
         """Return (model, tokenizer); callers must not change the model."""
         if self._held != (wanted, device):
             self.clear()
-            ref = wanted.ref.on_this_machine()
+            ref, kind = wanted.ref.on_this_machine(), wanted.kind
             trust = ref.trust_remote_code
-            model = load_model(ref.path, dtype=ref.dtype, device=device, trust_remote_code=trust)
-            self._loaded = model, load_tokenizer(ref.path, trust_remote_code=trust)
+            model = load_model(
+                ref.path,
+                dtype=ref.dtype,
+                device=device,
+                trust_remote_code=trust,
+                classifier=kind == "classifier",
+            )
+            tokenizer = load_tokenizer(ref.path, trust_remote_code=trust, chat=kind == "chat")
+            self._loaded = model, tokenizer
             self._held = wanted, device
         return self._loaded
 

@@ -8,18 +8,16 @@ from typing import Any
 
 from upath import UPath
 
-from qresafe.artifacts import Artifact, Run, write_text
+from qresafe.artifacts import Artifact, Manifest, Run, write_text
 from qresafe.errors import DataError
 from qresafe.progress import Progress
-from qresafe.records import COMPLETION, VERDICT, require_columns
-from qresafe.stages.arms import STEPS, ArmRows, compare_arms, require_same
-from qresafe.stages.comparison import Comparison
-from qresafe.stages.generate import FILE as COMPLETIONS
-from qresafe.stages.judge import FILE as VERDICTS
-from qresafe.stages.runtime import read_table
+from qresafe.stages.arms import STEPS, compare_arms, require_same
+from qresafe.stages.columns import read_arm
+from qresafe.stages.comparison import AttackResult, Comparison, Contamination, Source
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 FILE = "comparison.json"
+ATTACK_FILE = "attack.json"  # of the attack_result stage
 # What may differ between arms: neither changes which text a model prefers.
 NOT_DECODING = {"dtype", "batch_size"}
 
@@ -27,7 +25,13 @@ Arms = Mapping[str, tuple[Artifact, Artifact]]
 
 
 def compare(
-    run: Run, arms: Arms, progress: Progress, steps: Sequence[tuple[str, str]] | None = None
+    run: Run,
+    arms: Arms,
+    progress: Progress,
+    steps: Sequence[tuple[str, str]] | None = None,
+    *,
+    contamination: Contamination | None = None,
+    attacks: Sequence[Artifact] = (),
 ) -> Artifact:
     """Compare models that answered the same prompts.
 
@@ -38,6 +42,8 @@ def compare(
         progress: Told of every arm.
         steps: Pairs (before, after) whose flips are counted; None: those of `STEPS` that are
             there, and every pair if none is.
+        contamination: What was found of the calibration prompts, to be told with the results.
+        attacks: Finished `attack_result` stages, to be told with the results.
 
     Returns:
         The artefact with comparison.json (`comparison.Comparison`).
@@ -55,23 +61,27 @@ def compare(
         for label, (completions, verdicts) in arms.items():
             read.append(read_arm(label, completions, verdicts))
             progress.advance()
-        comparison = compare_arms(read, chosen)
+        more = {
+            "contamination": contamination,
+            "sources": _sources(arms),
+            "attacks": [read_attack(made) for made in attacks],
+        }
+        comparison = compare_arms(read, chosen).model_copy(update=more)
         write_text(folder / FILE, comparison.model_dump_json(indent=1))
         progress.finish()
         return {"arms": len(arms), "prompts": comparison.prompts}
 
     keys = {f"{label}.{a.manifest.stage}": a.key for label, pair in arms.items() for a in pair}
+    keys |= {f"attack {place}": made.key for place, made in enumerate(attacks)}
     made = run.stage(
         "compare",
-        spec={"arms": list(arms), "steps": [list(step) for step in chosen]},
+        spec={"arms": list(arms), "steps": [list(step) for step in chosen]}
+        | ({"contamination": contamination.model_dump()} if contamination else {}),
         inputs=keys,
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("compare")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, "compare")
 
 
 def read_comparison(artifact: Artifact) -> Comparison:
@@ -99,32 +109,30 @@ def check_comparable(arms: Arms) -> None:
             raise DataError(f"the verdicts of {label} are of other completions", remedy=remedy)
     generated = {label: pair[0].manifest for label, pair in arms.items()}
     judged = {label: pair[1].manifest for label, pair in arms.items()}
-    require_same("prompts", {k: m.inputs.get("prompts") for k, m in generated.items()})
-    require_same("decoding settings", {k: _decoding(m.spec) for k, m in generated.items()})
-    require_same("judges", {k: (m.spec.get("judges"), m.code_version) for k, m in judged.items()})
+    # An imported file's hash and a generate stage's differ: these are compared when read.
+    for stage in {m.stage for m in generated.values()}:
+        alike = {k: m.inputs.get("prompts") for k, m in generated.items() if m.stage == stage}
+        require_same("prompts", alike)
+    require_same("decoding settings", {k: _decoding(m) for k, m in generated.items()})
+    require_same("judges", {k: _judging(m) for k, m in judged.items()})
+    templates = {k: m.counts.get("chat_template") for k, m in generated.items()}
+    if known := {label: key for label, key in templates.items() if key}:
+        require_same("chat templates", known)
 
 
-def _decoding(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec.items() if key not in NOT_DECODING}
+def _judging(manifest: Manifest) -> dict[str, Any]:
+    return {"judges": manifest.spec.get("judges"), "version": manifest.code_version}
 
 
-def read_arm(label: str, completions: Artifact, verdicts: Artifact) -> ArmRows:
-    """Read an arm's tables and put its verdicts into the order of its completions.
+def _sources(arms: Arms) -> dict[str, Source]:
+    told = (completions.manifest.counts.get("sources", {}) for completions, _ in arms.values())
+    return {name: Source.model_validate(data) for some in told for name, data in some.items()}
 
-    Raises:
-        DataError: A completion has no verdict.
-    """
-    table = require_columns(read_table(completions.path / COMPLETIONS), COMPLETION, COMPLETIONS)
-    said = require_columns(read_table(verdicts.path / VERDICTS), VERDICT, VERDICTS).to_pylist()
-    rows = table.to_pylist()
-    found = {(v["judge"], v["prompt_id"], v["sample"]): v["outcome"] for v in said}
-    judges = list(dict.fromkeys(v["judge"] for v in said))
-    try:
-        outcomes = {
-            judge: [found[judge, row["prompt_id"], row["sample"]] for row in rows]
-            for judge in judges
-        }
-    except KeyError as error:
-        remedy = "judge again"
-        raise DataError(f"no verdict for {error.args[0]}", where=label, remedy=remedy) from None
-    return ArmRows(label, rows, outcomes)
+
+def read_attack(artifact: Artifact) -> AttackResult:
+    """Read a finished `attack_result` stage."""
+    return AttackResult.model_validate_json((artifact.path / ATTACK_FILE).read_text())
+
+
+def _decoding(manifest: Manifest) -> dict[str, Any]:
+    return {key: value for key, value in manifest.spec.items() if key not in NOT_DECODING}

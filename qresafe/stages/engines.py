@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from qresafe.errors import DataError, ResourceError
-from qresafe.hf.chat import prompt_ids
+from qresafe.hf.chat import prompt_ids, render_ids
 from qresafe.hf.models import context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.records import COMPLETION, PROMPT
 from qresafe.specs import GenerateSpec
+from qresafe.stages.conversation import converse, messages
 from qresafe.stages.runtime import BatchFunction, BatchJob, Row
 
 # A part holds what was generated; the prompts' own columns join it when the stage assembles.
@@ -55,12 +56,21 @@ class TransformersJob:
 
         def answer(rows: list[Row]) -> list[Row]:
             prompts = [row["prompt_ids"] for row in rows]
-            keys = [f"{row['prompt_id']}/{row['sample']}" for row in rows]
+            keys = [row.get("key") or f"{row['prompt_id']}/{row['sample']}" for row in rows]
             made = generate_batch(model, tokenizer, prompts, keys, self.spec)
             return [
                 answer_row(row, text=g.text, ids=g.ids, finish=g.finish)
                 for row, g in zip(rows, made, strict=True)
             ]
+
+        def ask(rows: list[Row], turn: int) -> list[Row]:
+            asked = [
+                row
+                | {"key": f"{row['prompt_id']}/{row['sample']}/{turn}"}
+                | {"prompt_ids": render_ids(tokenizer, row["messages"])}
+                for row in rows
+            ]
+            return in_memory(answer, asked, error_rows)
 
         def score(rows: list[Row]) -> list[Row]:
             prompts, targets = ([row[k] for row in rows] for k in ("prompt_ids", "target_ids"))
@@ -72,6 +82,7 @@ class TransformersJob:
 
         def compute(rows: list[Row]) -> pa.Table:
             answers = in_memory(answer, rows, error_rows)
+            converse(rows, answers, self.spec.system_prompt, ask)
             with_target = [i for i, row in enumerate(rows) if row["target_ids"]]
             targets = [rows[i] for i in with_target]
             scores = in_memory(score, targets, lambda some, _: [{}] * len(some)) if targets else []
@@ -93,6 +104,9 @@ class VllmJob:
     spec: GenerateSpec
 
     def requests(self, prompts: Sequence[Row]) -> list[Row]:
+        if any(row.get("follow_ups") for row in prompts):
+            remedy = "use engine transformers or openai"
+            raise DataError("engine 'vllm' answers one turn, and prompts have more", remedy=remedy)
         return [row | {"target_ids": []} for row in tokenize(self.model, prompts, self.spec)]
 
     def setup(self, device: str) -> BatchFunction:
@@ -114,21 +128,29 @@ def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> l
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt["prompt"], spec.system_prompt)
         target = tokenizer.encode(prompt["target"] or "", add_special_tokens=False)
-        room = max(spec.max_new_tokens, len(target))
-        if context is not None and len(ids) + room > context:
-            what = f"the prompt's {len(ids)} tokens and {room} of its answer exceed the context"
+        follow_ups = prompt.get("follow_ups") or []
+        before = _longest_prompt(tokenizer, prompt, spec) if follow_ups else len(ids)
+        room = max(spec.max_new_tokens * (1 + len(follow_ups)), len(target))
+        if context is not None and before + room > context:
+            what = f"the prompt's {before} tokens and {room} of its answer exceed the context"
             remedy = "shorten the prompt or lower generate.max_new_tokens"
             where = f"prompt {prompt['prompt_id']!r} (context: {context} tokens)"
             raise DataError(what, where=where, remedy=remedy)
-        rows.append(
-            {
-                "prompt_id": prompt["prompt_id"],
-                "prompt_ids": ids,
-                "target_ids": target,
-                "size": len(ids),
-            }
-        )
+        row = {
+            "prompt_id": prompt["prompt_id"],
+            "prompt_ids": ids,
+            "target_ids": target,
+            "size": len(ids),
+        }
+        turns = {"prompt": prompt["prompt"], "follow_ups": follow_ups} if follow_ups else {}
+        rows.append(row | turns)
     return rows
+
+
+def _longest_prompt(tokenizer: Any, prompt: Row, spec: GenerateSpec) -> int:
+    """Return the tokens of all that the user says, in the template, without the answers."""
+    brief = {"completion": "x", "follow_up_answers": ["x"] * (len(prompt["follow_ups"]) - 1)}
+    return len(render_ids(tokenizer, messages(prompt, brief, spec.system_prompt)))
 
 
 def answer_row(

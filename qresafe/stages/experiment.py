@@ -7,6 +7,7 @@ experiment shares every stage that its spec does not touch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,19 +16,25 @@ import pyarrow as pa
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.errors import DataError, SpecError, nearest
+from qresafe.errors import SpecError, nearest
 from qresafe.hf.chat import prompt_ids
 from qresafe.hf.models import load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.registry import judges, quantizers
-from qresafe.specs import ExperimentSpec, GenerateSpec, TeacherSpec
+from qresafe.specs import AttackSpec, ExperimentSpec, GenerateSpec, TeacherSpec
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
+from qresafe.stages.attack import attack, harmful_prompts
+from qresafe.stages.attack_grid import cells
+from qresafe.stages.attack_result import attack_result
 from qresafe.stages.compare import compare
+from qresafe.stages.comparison import Contamination
+from qresafe.stages.contamination import decontaminate
 from qresafe.stages.endpoint import check_endpoint
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
-from qresafe.stages.judge import judge
+from qresafe.stages.harness import harness
+from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.probe import Probe
@@ -38,6 +45,7 @@ from qresafe.stages.report import ReportInput, report
 from qresafe.stages.runtime import Runtime
 
 ARMS = (W, CONTROL, Q0, Q, ADAPTER)  # in the order of every table
+ATTACKED = (W, Q0, Q)
 EVALUATION, CALIBRATION = "evaluation", "calibration"
 
 
@@ -72,15 +80,14 @@ class Experiment:
             UserError: A name is unknown, a file malformed, or a model not usable.
         """
         quantizers.get(self.spec.quantize.method)
-        for name in (*self.spec.evaluate.judges, self.spec.pairs.judge):
-            judges.get(name)
-        asked, pool = check_prompts(self.prompts), check_prompts(self.calibration)
+        judges.get(self.spec.pairs.judge)
+        check_judges(self.spec.evaluate.judges, self.run)
+        check_prompts(self.prompts), check_prompts(self.calibration)
+        if self.spec.evaluate.attack:
+            cells(self.spec.evaluate.attack)
+            harmful_prompts(self.prompts)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         self._check_teacher()
-        if leaked := set(asked["prompt"].to_pylist()) & set(pool["prompt"].to_pylist()):
-            what = f"{len(leaked)} prompts, {min(leaked)!r} first, are both learned and evaluated"
-            remedy = "take them out of pairs.path or out of evaluate.prompts"
-            raise DataError(what, where="the experiment", remedy=remedy)
         self.run.check()
 
     @cached_property
@@ -122,9 +129,19 @@ class Experiment:
         return evaluation_prompts(self.spec.evaluate.prompts)
 
     @cached_property
+    def _pool(self) -> tuple[pa.Table, Contamination]:
+        pool = calibration_prompts(self.spec.pairs)
+        return decontaminate(pool, self.prompts, self.spec.pairs.near_duplicate)
+
+    @property
     def calibration(self) -> pa.Table:
-        """The prompts that W and Q0 answer to make pairs."""
-        return calibration_prompts(self.spec.pairs)
+        """The prompts that W and Q0 answer to make pairs; none of them is evaluated."""
+        return self._pool[0]
+
+    @property
+    def contamination(self) -> Contamination:
+        """What was dropped from the calibration prompts because it is evaluated."""
+        return self._pool[1]
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -180,6 +197,7 @@ class Experiment:
             spec=self.spec.pairs,
             runtime=self.runtime,
             progress=self.progress,
+            contamination=self.contamination,
         )
         return self._note("pairs", made)
 
@@ -242,8 +260,51 @@ class Experiment:
     def verdicts(self, arm: str) -> Artifact:
         """Return all judges' verdicts on an arm's answers."""
         completions = self.completions(arm)
-        made = judge(self.run, completions, self.spec.evaluate.judges, self.progress, label=arm)
+        asked = self.spec.evaluate.judges
+        made = judge(self.run, completions, asked, self.progress, arm, self.runtime)
         return self._note(f"judge {arm}", made)
+
+    def attacked(self, arm: str) -> Artifact:
+        """Return what the attack of `evaluate.attack` (or the default one) achieved on an arm."""
+        spec = self.spec.evaluate.attack or AttackSpec()
+        tried = attack(
+            self.run,
+            label=arm,
+            model=self.model(arm),
+            prompts=self.prompts,
+            spec=spec,
+            runtime=self.runtime,
+            progress=self.progress,
+        )
+        self._note(f"attack {arm}", tried)
+        named = self.spec.evaluate.judges
+        told = f"attack on {arm}"
+        verdicts = judge(self.run, tried, named, self.progress, told, self.runtime)
+        self._note(f"judge attack {arm}", verdicts)
+        made = attack_result(
+            self.run,
+            label=arm,
+            completions=tried,
+            verdicts=verdicts,
+            spec=spec,
+            progress=self.progress,
+        )
+        return self._note(f"attack result {arm}", made)
+
+    def harness(
+        self, arm: str, tasks: Sequence[str], limit: int | None, include: str | None
+    ) -> Artifact:
+        """Return an arm's results on tasks of lm-evaluation-harness."""
+        made = harness(
+            self.run,
+            label=arm,
+            model=self.model(arm),
+            tasks=tasks,
+            limit=limit,
+            include=include,
+            progress=self.progress,
+        )
+        return self._note(f"lm-eval {arm}", made)
 
     @cached_property
     def measured(self) -> dict[str, tuple[Artifact, Artifact]]:
@@ -253,7 +314,14 @@ class Experiment:
     @cached_property
     def comparison(self) -> Artifact:
         """Rates, intervals and paired flips of all arms."""
-        return self._note("compare", compare(self.run, self.measured, self.progress))
+        made = compare(
+            self.run,
+            self.measured,
+            self.progress,
+            contamination=self.contamination,
+            attacks=[self.attacked(arm) for arm in ATTACKED] if self.spec.evaluate.attack else [],
+        )
+        return self._note("compare", made)
 
     @cached_property
     def report(self) -> Artifact:

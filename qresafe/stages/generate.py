@@ -12,11 +12,13 @@ import pyarrow.compute as pc
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run, content_key
+from qresafe.benchmarks.base import sources_of
 from qresafe.errors import CorruptArtifactError, DataError
 from qresafe.hf.batching import length_plan
+from qresafe.hf.models import load_tokenizer
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
-from qresafe.records import COMPLETION, PROMPT, require_columns
+from qresafe.records import COMPLETION, LATER, PROMPT, require_columns
 from qresafe.registry import engines
 from qresafe.specs import GenerateSpec
 from qresafe.stages.engines import Engine
@@ -57,6 +59,7 @@ def generate(
         ModelError: No chat template, or the template takes no system prompt; or the endpoint
             cannot be reached or refuses the key.
     """
+    sources = sources_of(prompts)
     prompts = check_prompts(prompts)
 
     def work(folder: UPath) -> Mapping[str, Any]:
@@ -66,7 +69,8 @@ def generate(
         spent = runtime.map_batches(planned.job, planned.batches, parts, progress)
         table = assemble(prompts, read_parts(parts, len(planned.batches)), spec.samples)
         write_table(folder / FILE, table)
-        counts = summary(table, spent)
+        counts = summary(table, spent) | {"sources": sources}
+        counts["chat_template"] = template_key(model)
         progress.finish(f"{counts['new_tokens']} tokens, {counts['errors']} errors")
         return counts
 
@@ -77,15 +81,21 @@ def generate(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start(f"generate {label}")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, f"generate {label}")
+
+
+def template_key(model: ModelInput | None) -> str | None:
+    """Return a hash of the chat template that a model's prompts go through; None: not known."""
+    if model is None:
+        return None
+    tokenizer = load_tokenizer(model.ref.path, trust_remote_code=model.ref.trust_remote_code)
+    return content_key(tokenizer.chat_template)
 
 
 def table_key(table: pa.Table) -> str:
-    """Return a hash of a table's content."""
-    return content_key(table.to_pylist())
+    """Return a hash of a table's content; columns of later versions count where they are used."""
+    unused = [n for n in LATER if n in table.column_names and table[n].null_count == len(table)]
+    return content_key(table.drop_columns(unused).to_pylist())
 
 
 def check_prompts(prompts: pa.Table) -> pa.Table:

@@ -9,6 +9,14 @@ from qresafe.stages.measures import ATTACK, BY_NAME, COMPLIANCE, EXACT_MATCH, OV
 SIGNIFICANT = 0.05  # of the Holm-corrected p
 
 
+def measurable(flip: FlipResult) -> bool:
+    """Return whether a change is more than chance: by McNemar's test, and by its interval.
+
+    The test takes prompts as independent; the interval knows of clusters.
+    """
+    return flip.p_holm < SIGNIFICANT and not flip.low <= 0 <= flip.high
+
+
 def percent(share: float | None) -> str:
     """Return a share as people read it: one decimal, a thin space before the sign."""
     return "–" if share is None else f"{100 * share:.1f}\u202f%"
@@ -51,7 +59,7 @@ def _damage(comparison: Comparison, measure: str) -> str:
     what = f"{BY_NAME[measure].title} with harmful prompts"
     if measure == ATTACK.name:
         what = BY_NAME[measure].title
-    if flip.p_holm >= SIGNIFICANT:
+    if not measurable(flip):
         return f"quantization left {what} at {percent(after)} (W: {percent(before)}){_limit(flip)}"
     return f"quantization {_moved(flip)} {what} from {percent(before)} to {percent(after)}"
 
@@ -61,7 +69,7 @@ def _repair(comparison: Comparison, measure: str) -> str:
     if flip is None:
         return ""
     after = percent(_share(comparison, Q, measure))
-    if flip.p_holm >= SIGNIFICANT:
+    if not measurable(flip):
         return f"the patch left it at {after}{_limit(flip)}"
     return f"the patch {_moved(flip)} it to {after}"
 
@@ -70,7 +78,7 @@ def _left(comparison: Comparison, measure: str) -> str:
     flip = _flip(comparison, W, Q, measure)
     if flip is None:
         return ""
-    if flip.p_holm >= SIGNIFICANT:
+    if not measurable(flip):
         return f"Between W and Q the difference is not measurable{_limit(flip)}"
     way = "above" if flip.gained > flip.lost else "below"
     return f"Q is still {way} W on this axis ({flip.gained} prompts more, {flip.lost} fewer)"
@@ -111,7 +119,7 @@ def interval(share: Share) -> str:
 
 
 def _limit(flip: FlipResult) -> str:
-    if flip.detectable is None:
+    if flip.gained + flip.lost or flip.detectable is None:
         return f" ({flip.gained} prompts one way, {flip.lost} the other)"
     return f" (no prompt flipped; {flip.n} would have shown {percent(flip.detectable)} or more)"
 

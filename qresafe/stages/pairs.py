@@ -19,8 +19,10 @@ from qresafe.hf.batching import length_plan
 from qresafe.hf.chat import answer_ids, prompt_ids
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.progress import Progress
+from qresafe.records import REFUSALS
 from qresafe.registry import judges
 from qresafe.specs import PairsSpec
+from qresafe.stages.comparison import Contamination
 from qresafe.stages.runtime import (
     Batch,
     BatchFunction,
@@ -32,7 +34,7 @@ from qresafe.stages.runtime import (
     write_table,
 )
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 TEACHER = pa.schema(
     [records.PAIR.field("prompt_id")]
@@ -84,6 +86,7 @@ def pairs(
     spec: PairsSpec,
     runtime: Runtime,
     progress: Progress,
+    contamination: Contamination | None = None,
 ) -> Artifact:
     """Make pairs.parquet (`records.PAIR`) of both models' answers to the same prompts.
 
@@ -98,6 +101,7 @@ def pairs(
         spec: What is kept, and by which judge.
         runtime: Computes the teacher's distributions.
         progress: Advances by rows.
+        contamination: What was dropped from the prompts before they were answered; noted.
 
     Raises:
         DataError: No row is usable.
@@ -106,6 +110,8 @@ def pairs(
     def work(folder: UPath) -> Mapping[str, Any]:
         teacher_rows, q0_rows = _completions(teacher_completions), _completions(q0_completions)
         rows, counts = select(teacher_rows, q0_rows, spec, _judge(spec.judge))
+        if contamination is not None:
+            counts["contamination"] = contamination.model_dump()
         progress.start("pairs", len(rows), "rows")
         if teacher is None:
             rows = [row | {"chosen_ids": []} for row in rows]
@@ -121,15 +127,20 @@ def pairs(
     inputs = {"completions": teacher_completions.key, "q0": q0_completions.key}
     made = run.stage(
         "pairs",
-        spec=spec.model_dump(mode="json"),
+        # Where the prompts come from shows in the completions.
+        spec=spec.model_dump(mode="json", exclude={"prompts", "near_duplicate"})
+        | _dropped(contamination),
         inputs=inputs | ({"teacher": teacher.key} if teacher else {}),
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("pairs")
-        progress.finish("", reused=True)
-    return made
+    return made.shown(progress, "pairs")
+
+
+def _dropped(contamination: Contamination | None) -> dict[str, Any]:
+    if contamination is None or not contamination.exact + contamination.near:
+        return {}  # so that pairs do not depend on what is evaluated
+    return {"contamination": contamination.model_dump()}
 
 
 def select(
@@ -249,7 +260,7 @@ def _judge(name: str) -> Callable[[Row], bool]:
     judge = judges.get(name)
 
     def refused(row: Row) -> bool:
-        return bool(judge("harmful", row["prompt"], row["completion"]).outcome == "refused")
+        return bool(judge("harmful", row["prompt"], row["completion"]).outcome in REFUSALS)
 
     return refused
 

@@ -129,10 +129,7 @@ def patch(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("patch")
-        progress.finish("", reused=True)
-    return made
+    return made.shown(progress, "patch")
 
 
 def key_spec(spec: PatchSpec) -> dict[str, Any]:

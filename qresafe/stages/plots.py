@@ -120,14 +120,28 @@ def line_plot(
 
 
 def heat_plot(
-    name: str, rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[int, int], float]
+    name: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[int, int], float],
+    x_label: str = "layer",
+    darkest: float | None = None,
 ) -> str:
-    """Draw shares by (row, column) as squares that are the darker the larger the share."""
+    """Draw shares by (row, column) as squares that are the darker the larger the share.
+
+    Args:
+        name: What it shows, for readers who cannot see it.
+        rows: Their names.
+        columns: Their names.
+        cells: (row, column) -> share in [0, 1].
+        x_label: What columns are.
+        darkest: The share of the darkest square; None: the largest that there is.
+    """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         height = 0.5 + 0.24 * len(rows)
         figure = Figure(figsize=(WIDTH, height))
         axes = figure.add_axes(inches(figure, left=0.8, right=0.05, bottom=0.4, top=0.05))
-        largest = max(cells.values(), default=0.0) or 1.0
+        largest = darkest or max(cells.values(), default=0.0) or 1.0
         written = len(columns) <= 8
         for (row, column), share in cells.items():
             box = matplotlib.patches.Rectangle(
@@ -139,10 +153,10 @@ def heat_plot(
                 axes.text(column, row, f"{100 * share:.1f}", ha="center", va="center", size=7.5)
         axes.set_xlim(-0.5, len(columns) - 0.5)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        every = max(1, len(columns) // 8)
+        every = max(1, len(columns) // (8 if max(map(len, columns)) < 3 else 5))
         axes.set_xticks(range(0, len(columns), every), columns[::every])
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlabel("layer")
+        axes.set_xlabel(x_label)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         return svg(figure, name)

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qresafe.artifacts import content_key
+from qresafe.records import COMPLETION
 from qresafe.registry import judges as registry
 from qresafe.specs import GenerateSpec
-from qresafe.stages.arms import ArmRows, Q, share_of
+from qresafe.stages.arms import Q, share_of
+from qresafe.stages.columns import arm_of
 from qresafe.stages.engines import answer_row
 from qresafe.stages.judge import verdict_on
 from qresafe.stages.runtime import Row
@@ -88,7 +90,7 @@ class ProbeWatch:
         spec = self._probe.generate
         made = generate_batch(model, self._tokenizer, self._prompts, keys, spec)
         asked = [
-            row | {"sample": 0, "prompt_ids": ids}
+            dict.fromkeys(COMPLETION.names) | row | {"sample": 0, "prompt_ids": ids}
             for row, ids in zip(self._rows, self._prompts, strict=True)
         ]
         answered: list[Row] = [
@@ -99,8 +101,8 @@ class ProbeWatch:
             name: [verdict_on(registry.get(name), row).outcome for row in answered]
             for name in self._probe.judges
         }
-        found = ArmRows(Q, answered, outcomes).answers()
-        shares = {name: share_of(answers).share for name, answers in found.items()}
+        arm = arm_of(Q, answered, outcomes)
+        shares = {name: share_of(a, arm.clusters).share for name, a in arm.answers().items()}
         seconds = round(time.perf_counter() - began, 3)
         return {"of": self._key, "shares": shares, "seconds": seconds}
 

@@ -114,10 +114,7 @@ def reference(
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("reference")
-        progress.finish("", reused=True)
-    return made
+    return made.shown(progress, "reference")
 
 
 def _length(row: Row) -> int:

@@ -26,15 +26,14 @@ from qresafe.artifacts import (
     write_text,
 )
 from qresafe.progress import Progress
+from qresafe.stages import report_parts as parts
 from qresafe.stages import report_view as view
-from qresafe.stages.compare import read_arm, read_comparison
-from qresafe.stages.comparison import Comparison
-from qresafe.stages.examples import choose, main_judge
-from qresafe.stages.judge import FILE as VERDICTS
+from qresafe.stages.compare import read_comparison
+from qresafe.stages.examples import choose, told
 from qresafe.stages.narrative import details, headline
-from qresafe.stages.runtime import read_table
+from qresafe.stages.report_data import Provenance, ReportData, StageCost, StageKey
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 TEMPLATES = Path(__file__).parent / "templates"
 FILES = ("report.html", "report.json", "model_card.md")
 
@@ -73,12 +72,12 @@ def report(run: Run, given: ReportInput, progress: Progress) -> Artifact:
 
     def work(folder: UPath) -> Mapping[str, Any]:
         progress.start("report", len(FILES), "files")
-        told = tell(given)
-        for name, text in render(told).items():
+        shown = tell(given)
+        for name, text in render(shown).items():
             write_text(folder / name, text)
             progress.advance(note=name)
         progress.finish()
-        return {"headline": told["headline"]}
+        return {"headline": shown["headline"]}
 
     made = run.stage(
         "report",
@@ -87,10 +86,7 @@ def report(run: Run, given: ReportInput, progress: Progress) -> Artifact:
         code_version=CODE_VERSION,
         work=work,
     )
-    if made.reused:
-        progress.start("report")
-        progress.finish(reused=True)
-    return made
+    return made.shown(progress, "report")
 
 
 def tell(given: ReportInput) -> dict[str, Any]:
@@ -108,9 +104,15 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "panels": view.panels(comparison),
         "table": view.table(comparison),
         "counts": view.counts(comparison),
+        "agreement": view.agreement(comparison),
         "flips": view.flips(comparison),
         "attribution": view.attribution(comparison),
-        "examples": _examples(given),
+        "parts": parts.parts(comparison),
+        "attacks": parts.attacks(comparison),
+        "worst_cases": parts.worst_cases(comparison),
+        "at_k": parts.at_k(comparison),
+        "contamination": parts.contamination(comparison),
+        "examples": choose(told(given.arms)),
         "curves": view.curves(history),
         "layers": view.layers(export),
         "export": export,
@@ -126,12 +128,12 @@ def tell(given: ReportInput) -> dict[str, Any]:
     }
 
 
-def render(told: Mapping[str, Any]) -> dict[str, str]:
+def render(shown: Mapping[str, Any]) -> dict[str, str]:
     """Return file name -> text."""
     templates = environment()
-    page = templates.get_template("report.html.jinja").render(told)
-    card = templates.get_template("model_card.md.jinja").render(told)
-    return {"report.html": page, "report.json": _json(told), "model_card.md": card}
+    page = templates.get_template("report.html.jinja").render(shown)
+    card = templates.get_template("model_card.md.jinja").render(shown)
+    return {"report.html": page, "report.json": _json(shown), "model_card.md": card}
 
 
 def environment() -> Environment:
@@ -145,36 +147,25 @@ def environment() -> Environment:
     )
 
 
-def _json(told: Mapping[str, Any]) -> str:
-    comparison: Comparison = told["comparison"]
-    plain = {
-        "name": told["name"],
-        "verdict": [told["headline"], *told["details"]],
-        "comparison": comparison.model_dump(mode="json"),
-        "export": told["export"],
-        "cost": [row._asdict() for row in told["cost"]],
-        "provenance": {name: told[name] for name in ("versions", "hardware", "git", "seeds")},
-        "stages": {name: {"key": key, "inputs": inputs} for name, key, inputs in told["keys"]},
-        "spec": yaml.safe_load(told["spec"]),
-    }
-    return json.dumps(plain, indent=1)
+def _json(shown: Mapping[str, Any]) -> str:
+    data = ReportData(
+        name=shown["name"],
+        verdict=[shown["headline"], *shown["details"]],
+        comparison=shown["comparison"],
+        export=shown["export"],
+        cost=[StageCost(**row._asdict()) for row in shown["cost"]],
+        provenance=Provenance(
+            **{name: shown[name] for name in ("versions", "hardware", "git", "seeds")}
+        ),
+        stages={name: StageKey(key=key, inputs=inputs) for name, key, inputs in shown["keys"]},
+        spec=yaml.safe_load(shown["spec"]),
+    )
+    return data.model_dump_json(indent=1)
 
 
 def _arm(label: str) -> dict[str, str]:
     meaning = view.ARMS[label][1] if label in view.ARMS else ""
     return {"label": view.short(label), "paint": view.paint(label), "meaning": meaning}
-
-
-def _examples(given: ReportInput) -> Any:
-    arms, reasons = [], {}
-    for label, (completions, verdicts) in given.arms.items():
-        arm = read_arm(label, completions, verdicts)
-        said = read_table(verdicts.path / VERDICTS).to_pylist()
-        judge = main_judge(arm)
-        found = {(v["prompt_id"], v["sample"]): v["reason"] for v in said if v["judge"] == judge}
-        arms.append(arm)
-        reasons[label] = [found[prompt] for prompt in arm.prompts]
-    return choose(arms, reasons)
 
 
 def _history(patch: Artifact | None) -> list[dict[str, Any]]:

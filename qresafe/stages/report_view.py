@@ -10,7 +10,7 @@ from qresafe.artifacts import Artifact
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.comparison import ArmResult, Comparison, FlipResult, Share
 from qresafe.stages.measures import BY_NAME, MEASURES, Measure
-from qresafe.stages.narrative import SIGNIFICANT, interval, percent, points
+from qresafe.stages.narrative import interval, measurable, percent, points
 from qresafe.stages.plots import PAINTS, Dot, Line, heat_plot, interval_plot, line_plot
 
 # Arm -> (short name, what it is).
@@ -29,6 +29,7 @@ class Cell(NamedTuple):
     value: str
     detail: str  # interval and counts
     left_out: str = ""  # what is in no share
+    cluster: str = ""  # the interval that knows of clusters
 
 
 class TableRow(NamedTuple):
@@ -55,9 +56,10 @@ class FlipRow(NamedTuple):
     n: int
     gained: int
     lost: int
+    change: str  # in points, with its interval
     p: str
     significant: bool
-    note: str
+    detectable: str
 
 
 class CostRow(NamedTuple):
@@ -112,9 +114,10 @@ def flips(comparison: Comparison) -> list[FlipRow]:
             f.n,
             f.gained,
             f.lost,
+            _change(f),
             _p(f.p_holm),
-            f.p_holm < SIGNIFICANT,
-            _flip_note(f),
+            measurable(f),
+            percent(f.detectable),
         )
         for f in comparison.flips
     ]
@@ -195,7 +198,17 @@ def cost(stages: Sequence[tuple[str, Artifact]], session: float = 0.0) -> list[C
 def counts(comparison: Comparison) -> list[tuple[Any, ...]]:
     """Return what each judge said of each arm and axis, as rows of a table."""
     return [
-        (short(arm.label), c.judge, c.axis, c.n, c.refused, c.complied, c.incoherent, c.undecided)
+        (
+            short(arm.label),
+            c.judge,
+            c.axis,
+            c.n,
+            c.refused,
+            c.partial,
+            c.complied,
+            c.incoherent,
+            c.undecided,
+        )
         for arm in comparison.arms
         for c in arm.counts
     ]
@@ -206,6 +219,20 @@ def attribution(comparison: Comparison) -> list[tuple[str, ...]]:
     return [
         (BY_NAME[part.measure].title, *map(points, (part.total, part.fine_tuning, part.precision)))
         for part in comparison.attribution
+    ]
+
+
+def agreement(comparison: Comparison) -> list[tuple[Any, ...]]:
+    """Return how far the judges agree, as rows of a table."""
+    return [
+        (
+            short(a.arm),
+            f"{a.first}, {a.second}",
+            a.n,
+            percent(a.same / a.n if a.n else None),
+            "–" if a.kappa is None else f"{a.kappa:.2f}",
+        )
+        for a in comparison.agreement
     ]
 
 
@@ -237,7 +264,14 @@ def _cell(share: Share | None) -> Cell | None:
     if share is None:
         return None
     left_out = f"{share.undecided} undecided" if share.undecided else ""
-    return Cell(percent(share.share), f"{interval(share)} · {share.yes}/{share.n}", left_out)
+    detail = f"{interval(share)} · {share.yes}/{share.n}"
+    return Cell(percent(share.share), detail, left_out, _cluster(share))
+
+
+def _cluster(share: Share) -> str:
+    if share.cluster_low is None or share.cluster_high is None:
+        return ""
+    return f"{100 * share.cluster_low:.1f}–{100 * share.cluster_high:.1f} · {share.clusters}"
 
 
 def _each(comparison: Comparison, make: Any) -> list[Cell | None]:
@@ -263,7 +297,6 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _flip_note(flip: FlipResult) -> str:
-    if flip.detectable is None:
-        return ""
-    return f"no flip; would have shown ≥ {percent(flip.detectable)}"
+def _change(flip: FlipResult) -> str:
+    low, high = points(flip.low), points(flip.high)
+    return f"{points(flip.difference)} ({low} to {high})"

@@ -66,9 +66,11 @@ class Runtime(Protocol):
 
     Attributes:
         startup_seconds: What it took to be ready: 0 in this process, else to reach a cluster.
+        workers: The most processes that compute batches at a time.
     """
 
     startup_seconds: float
+    workers: int
 
     def check(self) -> None:
         """Find out before any work whether there is room for the workers that it will ask for.
@@ -104,6 +106,7 @@ class InProcessRuntime:
     def __init__(self, device: str = "cpu", threads: int | None = None) -> None:
         self.device, self.threads = device, threads
         self.startup_seconds = 0.0
+        self.workers = 1
 
     def check(self) -> None:
         """This process is all that is asked for."""
@@ -195,7 +198,8 @@ def part_path(parts: UPath, index: int) -> UPath:
 
 def read_parts(parts: UPath, count: int) -> pa.Table:
     """Return the results of batches 0 to `count` - 1, joined."""
-    return pa.concat_tables([read_table(part_path(parts, index)) for index in range(count)])
+    tables = [read_table(part_path(parts, index)) for index in range(count)]
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def write_table(path: UPath, table: pa.Table) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -38,22 +38,19 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(float(found.low), float(found.high))
 
 
-def paired_flips(before: Sequence[bool | None], after: Sequence[bool | None]) -> Flips:
+def paired_flips(before: Any, after: Any) -> Flips:
     """Count the changes of an outcome between two models on the same prompts.
 
     Args:
-        before: The outcome per prompt under the first model; None where it is undecided.
+        before: Per prompt under the first model (integer array): 1 yes, 0 no, below 0 undecided.
         after: The same prompts, in the same order, under the second model.
 
     Returns:
         The counts over the prompts that are decided under both.
     """
-    decided = [
-        (a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None
-    ]
-    gained = sum(b and not a for a, b in decided)
-    lost = sum(a and not b for a, b in decided)
-    return Flips(len(decided), gained, lost)
+    both = (before >= 0) & (after >= 0)
+    gained, lost = both & (after > before), both & (after < before)
+    return Flips(int(both.sum()), int(gained.sum()), int(lost.sum()))
 
 
 def mcnemar(gained: int, lost: int) -> float:

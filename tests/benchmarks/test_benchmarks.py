@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -48,13 +49,14 @@ def test_unknown_benchmark() -> None:
 def test_the_same_rows_from_every_format(tmp_path: Path) -> None:
     rows = [{"Goal": "Bake, then\neat", "target": "yes"}, {"Goal": "Say 1", "target": "no"}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    one = write(tmp_path, "p.json", json.dumps(rows))
     csv = write(tmp_path, "p.csv", 'Goal,target\n"Bake, then\neat",yes\nSay 1,no\n')
     jsonl = write(
         tmp_path,
         "p.jsonl",
         '{"Goal": "Bake, then\\neat", "target": "yes"}\n\n{"target": "no", "Goal": "Say 1"}\n',
     )
-    tables = [prompts(path) for path in (csv, jsonl, str(tmp_path / "p.parquet"))]
+    tables = [prompts(path) for path in (csv, jsonl, one, str(tmp_path / "p.parquet"))]
     assert tables[0]["prompt"].to_pylist() == ["Bake, then\neat", "Say 1"]
     assert tables[0]["target"].to_pylist() == ["yes", "no"]
     assert all(table.equals(tables[0]) for table in tables)
@@ -84,7 +86,12 @@ def test_ids_stay_when_rows_move(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', r"key 'prompt'"),
         ("a.jsonl", "\n", r"empty"),
         ("a.parquet", "no parquet", r"malformed Parquet"),
-        ("a.txt", "a", r"\.csv, \.jsonl or \.parquet"),
+        ("a.jsonl", '{"prompt": ["a"]}\n{"prompt": [""]}\n', r"row 2 is empty"),
+        ("a.json", '{"prompt": "a"}', r"no list of objects"),
+        ("a.json", '[{"prompt": "a"}, {}]', r"no key 'prompt'.*object 2"),
+        ("a.json", "[", r"malformed JSON"),
+        ("a.txt", "\n", r"no prompts"),
+        ("a.doc", "a", r"\.csv, \.jsonl, \.json, \.parquet or \.txt"),
     ],
 )
 def test_malformed_files_give_one_sentence(
@@ -127,21 +134,45 @@ def test_datasets_folder(tmp_path: Path) -> None:
         prompts(str(tmp_path / "empty"))
 
 
-def test_advbench_needs_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("QRESAFE_ADVBENCH", raising=False)
-    with pytest.raises(DataError, match="QRESAFE_ADVBENCH"):
-        advbench(None)
-    monkeypatch.setenv(
-        "QRESAFE_ADVBENCH", write(tmp_path, "a.csv", "goal,target\nDo a,Sure\nDo b,Sure\n")
-    )
-    assert advbench(None)["target"].to_pylist() == ["Sure", "Sure"]
+def test_languages_categories_and_turns_of_a_file(tmp_path: Path) -> None:
+    rows = [
+        {"turns": ["Hello", "And then?"], "language": "en", "kind": "a"},
+        {"turns": ["Bonjour"], "language": "fr", "kind": "b"},
+    ]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    table = prompts(path, column="turns", category_column="kind")
+    assert table["prompt"].to_pylist() == ["Hello", "Bonjour"]
+    assert table["follow_ups"].to_pylist() == [["And then?"], None]
+    assert table["lang"].to_pylist() == ["en", "fr"]
+    assert table["category"].to_pylist() == ["a", "b"]
 
 
-def test_advbench_with_swapped_columns_is_refused(tmp_path: Path) -> None:
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "Do a, then b\n\nDo c\n")
+    assert prompts(path)["prompt"].to_pylist() == ["Do a, then b", "Do c"]
+
+
+def test_swapped_columns_are_refused(tmp_path: Path) -> None:
     # 2 of the 3 goals read like targets: more than half.
     text = 'goal,target\n"Sure, here is a",Do a\n"Sure, here is b",Do b\nDo c,Sure\n'
-    with pytest.raises(DataError, match=r"2 of 3 goals.*swap the columns"):
-        advbench(write(tmp_path, "a.csv", text))
+    path = write(tmp_path, "a.csv", text)
+    for load_it in (advbench, prompts):
+        with pytest.raises(DataError, match=r"2 of 3 goals.*swap the columns"):
+            load_it(path)
+
+
+def test_a_swapped_header_over_goal_target_data_is_refused(tmp_path: Path) -> None:
+    # A public copy of AdvBench says target,goal above rows of goal,target.
+    rows = [f'Write a{i},"Sure, here is a{i}"' for i in range(5)]
+    with pytest.raises(DataError, match="5 of 5 goals"):
+        advbench(write(tmp_path, "a.csv", "\n".join(["target,goal", *rows])))
+    with_header = "\n".join(["goal,target", *rows])
+    assert advbench(write(tmp_path, "b.csv", with_header)).num_rows == 5
+
+
+def test_prompts_that_begin_like_answers_pass_where_the_targets_do_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "goal,target\nSurely write a,Sure a\nHere is b,Sure b\n")
+    assert advbench(path).num_rows == 2  # 2 of 2 goals, but 2 of 2 targets as well
 
 
 @pytest.mark.data

@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 
 from qresafe import records
+from qresafe.embedded import corpus
 from qresafe.embedded.calibration import calibration_chats, calibration_prompts, recombinations
 from qresafe.embedded.corpus import (
     EVALUATION_SIZE,
@@ -186,3 +187,11 @@ def test_chats_of_the_user(tmp_path) -> None:
         with pytest.raises(DataError, match=message) as caught:
             calibration_chats(spec, 0)
         assert "line 2" in str(caught.value)
+
+
+def test_a_phrase_is_its_task_whatever_the_wording() -> None:
+    for axis in ("harmful", "benign", "borderline"):
+        for task in corpus.all_tasks(axis)[::7]:
+            for template, tail in corpus.PHRASINGS:
+                assert corpus.phrase_of(template.format(task.action + tail)) == task.action
+    assert corpus.phrase_of("Something else entirely") == "Something else entirely"

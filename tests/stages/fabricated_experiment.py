@@ -44,10 +44,11 @@ def rows_of(label: str, count: int) -> list[dict[str, Any]]:
         benign = HELPS if chance.random() < right else "Use a brush and let it dry."
         if i == 3:
             borderline = HOSTILE
-        rows.append(row("harmful", i, bad or harmful, benchmark="embedded"))
-        rows.append(row("borderline", i, borderline, benchmark="embedded"))
-        scored = {"target": HELPS, "target_logp": -9.0 * (2 - right), "target_tokens": 17}
-        rows.append(row("benign", i, bad or benign, benchmark="embedded", **scored))
+        kind = {"benchmark": "embedded", "category": f"kind {i % 3}"}
+        rows.append(row("harmful", i, bad or harmful, **kind, lang="en" if i % 2 else "de"))
+        rows.append(row("borderline", i, borderline, **kind))
+        scored = kind | {"target": HELPS, "target_logp": -9.0 * (2 - right), "target_tokens": 17}
+        rows.append(row("benign", i, bad or benign, **scored))
     return sorted(rows, key=lambda one: one["axis"])
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from fabricated import GIBBERISH, REFUSAL, arm, completed, row
 
-from qresafe.artifacts import Run
+from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError, SpecError
 from qresafe.progress import Silent
 from qresafe.stages.compare import compare, read_comparison
 from qresafe.stages.comparison import Comparison
 from qresafe.stages.judge import judge
+from qresafe.stages.paired import score_interval
 from qresafe.stages.runtime import read_table
 from qresafe.stages.statistics import mcnemar, wilson
 
@@ -109,7 +110,8 @@ def test_flips_are_paired_and_corrected_over_the_whole_table(run: Run) -> None:
     assert (damage.measure, damage.gained, damage.lost, damage.n) == ("attack_success", 7, 0, 8)
     assert damage.p == pytest.approx(2 / 2**7) == pytest.approx(mcnemar(7, 0))
     assert damage.p_holm == pytest.approx(9 * 2 / 2**7)  # the smallest of nine
-    assert damage.detectable is None
+    assert damage.difference == 7 / 8
+    assert (damage.low, damage.high) == score_interval(7, 0, 8)
     left = next(f for f in found.flips if (f.before, f.after) == ("W", "Q"))
     assert (left.gained, left.lost, left.p) == (0, 0, 1.0)
     assert left.detectable is not None
@@ -161,6 +163,31 @@ def test_arms_that_differ_are_not_compared(run: Run, what: str, options: dict) -
     arms = {"W": arm(run, "W", harmful(REFUSAL)), "Q": arm(run, "Q", harmful(REFUSAL), **options)}
     with pytest.raises(DataError, match=f"W and Q were measured with different {what}"):
         compare(run, arms, Silent())
+
+
+def test_what_differs_is_named(run: Run) -> None:
+    arms = {
+        "W": arm(run, "W", harmful(REFUSAL)),
+        "Q": arm(run, "Q", harmful(REFUSAL), temperature=0.7, top_k=5),
+    }
+    told = r"decoding settings \(temperature: 0.0 against 0.7; top_k: None against 5\)"
+    with pytest.raises(DataError, match=told):
+        compare(run, arms, Silent())
+
+
+def test_other_chat_templates_are_refused(run: Run) -> None:
+    arms = {label: arm(run, label, harmful(REFUSAL)) for label in ("W", "Q0", "Q")}
+    compare(run, arms, Silent())  # a run that says nothing of its template is taken as it is
+
+    def templated(label: str, template: str) -> tuple[Artifact, Artifact]:
+        completions, verdicts = arms[label]
+        counts = completions.manifest.counts | {"chat_template": template}
+        manifest = completions.manifest.model_copy(update={"counts": counts})
+        return completions.model_copy(update={"manifest": manifest}), verdicts
+
+    compare(run, {"W": templated("W", "x"), "Q": templated("Q", "x")}, Silent())
+    with pytest.raises(DataError, match="W and Q were measured with different chat templates"):
+        compare(run, {"W": templated("W", "x"), "Q": templated("Q", "y")}, Silent())
 
 
 def test_another_dtype_or_batch_size_is_no_other_decoding(run: Run) -> None:

@@ -99,8 +99,10 @@ def test_the_page_says_what_was_found(page: str, given: tuple[Run, ReportInput])
     for arm_result in found.arms:
         for share in arm_result.measures.values():
             assert f"{share.yes}/{share.n}" in text
-    for heading in ("Prompt by prompt", "Examples", "Mask overlap", "Codes changed", "Cost"):
+    for heading in ("Prompt by prompt", "Flips and other", "Mask overlap", "Codes changed", "Cost"):
         assert heading in text
+    for part in ("Compliance by category", "Over-refusal by category", "Compliance by language"):
+        assert part in text
     assert "quantize.seed" in text
     assert given[1].comparison.key in text
 

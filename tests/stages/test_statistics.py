@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from scipy import stats
 from qresafe.stages.statistics import (
     holm,
     mcnemar,
+    mean_interval,
     minimum_detectable_effect,
     paired_flips,
     wilson,
@@ -64,8 +66,8 @@ def test_holm_is_the_closure_of_bonferroni(p: list[float]) -> None:
 
 
 def test_flips_leave_out_the_undecided() -> None:
-    before = [True, True, False, False, None, True]
-    after = [True, False, True, False, True, None]
+    before = np.array([1, 1, 0, 0, -1, 1])
+    after = np.array([1, 0, 1, 0, 1, -1])
     assert paired_flips(before, after) == (4, 1, 1)
 
 
@@ -79,3 +81,34 @@ def test_minimum_detectable_effect_has_its_power(n: int) -> None:
 
 def test_too_few_prompts_detect_nothing() -> None:
     assert minimum_detectable_effect(5) == 1.0
+
+
+def test_wilsons_coverage_by_share_and_n() -> None:
+    """Exact coverage, summed over all outcomes: inside 93-97 % in the middle, not at the edge."""
+    for n, share in ((50, 0.5), (100, 0.3), (300, 0.05), (520, 0.1)):
+        assert 0.93 <= coverage(n, share) <= 0.97
+    assert coverage(20, 0.005) < 0.93  # as it is: 0 of 20 says 0-16 %, 1 of 20 begins at .9 %
+
+
+def coverage(n: int, share: float) -> float:
+    ends = [wilson(k, n) for k in range(n + 1)]
+    held = [k for k, (low, high) in enumerate(ends) if low <= share <= high]
+    return float(stats.binom.pmf(held, n, share).sum())
+
+
+def test_a_means_interval_covers() -> None:
+    rng = np.random.default_rng(0)
+    ends = [mean_interval(rng.beta(4, 1, 60)) for _ in range(2000)]  # mean .8
+    assert 0.93 <= sum(low <= 0.8 <= high for low, high in ends) / 2000 <= 0.97
+
+
+def test_mcnemar_and_holm_keep_their_level() -> None:
+    rng = np.random.default_rng(1)
+    flips = rng.binomial(300, 0.05, 1000)
+    false = [
+        mcnemar(int(up), int(n - up)) <= 0.05
+        for up, n in zip(rng.binomial(flips, 0.5), flips, strict=True)
+    ]
+    assert sum(false) / 1000 <= 0.06
+    family = [min(holm(list(rng.random(12)))) <= 0.05 for _ in range(2000)]
+    assert 0.03 <= sum(family) / 2000 <= 0.065

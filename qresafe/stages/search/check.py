@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from qresafe.errors import DataError, SpecError
+from qresafe.judge_specs import title_of
 from qresafe.search_spec import Search
 from qresafe.stages.experiment import Experiment
 from qresafe.stages.prompts import evaluation_prompts
@@ -23,7 +24,8 @@ def check_search(search: Search) -> None:
     spec = search.spec
     experiment = Experiment(search.validation, InProcessRuntime())
     names = [o.metric for o in spec.objectives] + [c.metric for c in spec.constraints]
-    check_metrics(names, experiment.prompts, search.validation.evaluate.judges)
+    named = [title_of(judge) for judge in search.validation.evaluate.judges]
+    check_metrics(names, experiment.prompts, named)
     _check_rule(search)
     _check_splits(search)
     trial_count(search)
@@ -47,7 +49,8 @@ def _check_rule(search: Search) -> None:
     if metric in METRICS_BY_NAME and metric not in probed:
         remedy = f"use one of {', '.join(sorted(probed))}"
         raise SpecError(f"no probe measures {metric}", where="scheduler.metric", remedy=remedy)
-    check_metrics([metric], asked, search.validation.evaluate.judges)
+    rules = [judge for judge in search.validation.evaluate.judges if isinstance(judge, str)]
+    check_metrics([metric], asked, rules)
 
 
 def _check_splits(search: Search) -> None:

@@ -15,7 +15,7 @@ from qresafe.search_space import Params
 from qresafe.search_spec import ProbeSpec
 from qresafe.specs import ExperimentSpec, GenerateSpec
 from qresafe.stages.arms import Q0, Q, compare_arms
-from qresafe.stages.compare import read_arm
+from qresafe.stages.columns import read_arm
 from qresafe.stages.comparison import ArmResult
 from qresafe.stages.engines import is_out_of_memory
 from qresafe.stages.experiment import Experiment
@@ -99,7 +99,7 @@ def make_probe(experiment: Experiment, spec: ProbeSpec, tell: Tell | None = None
             max_new_tokens=min(spec.max_new_tokens, asked.generate.max_new_tokens),
             system_prompt=asked.generate.system_prompt,
         ),
-        judges=asked.judges,
+        judges=tuple(judge for judge in asked.judges if isinstance(judge, str)),
         tell=tell,
     )
 
