@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def kills(folder: Path, overrides: Sequence[str]) -> Found:
     alone = run(folder, "alone", [*SMALL, *overrides])
     settings = [*SMALL, *overrides]
     search = loaded(folder, "killed", settings)
+    shutil.rmtree(folder / "runs" / "killed", ignore_errors=True)  # of an earlier measurement
     draw, moments = random.Random(0), []
     whole = sum(session["seconds"] for session in sessions(alone))
     while len(moments) < KILLS:

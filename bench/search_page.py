@@ -85,7 +85,7 @@ def kills_part(found: Found) -> str:
     return (
         f"## kills\n\nThe driver was killed by SIGKILL {len(found['killed_with_rows'])} times, "
         f"with {moments} of {found['trials']} rows written; resumed, it ended with {same} as a "
-        "search that was left alone (every column but the times, codes and keys included)."
+        "search that was left alone: every column but the times is equal."
     )
 
 

@@ -23,6 +23,8 @@ from qresafe.search_spec import Search, SearchSpec
 from qresafe.stages.search.ledger import Row
 from qresafe.stages.search.selection import objectives
 
+ENOUGH = 10  # trials, below which an importance is noise
+
 
 class OptunaProposer:
     """Asks and tells an Optuna study in memory."""
@@ -160,7 +162,7 @@ def importance(search: Search, rows: Sequence[Row], objective: int) -> Mapping[s
         trial = finished_trial(search, row) if row.status == "completed" else None
         if trial is not None and row.same_as is None:
             study.add_trial(trial)
-    if len(study.trials) < 4:
+    if len(study.trials) < ENOUGH:
         return {}
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     with warnings.catch_warnings(record=True) as said:

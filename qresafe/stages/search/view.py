@@ -89,14 +89,18 @@ def headline(
     if after < before:
         return (
             f"Trial {best.index} is better than the default spec on the untouched test prompts: "
-            f"weighted objectives {after:.3f} against {before:.3f}, the mean of "
-            f"{len(search.spec.confirm)} seeds."
+            f"weighted objectives {after:.3f} against {before:.3f}, {_seeds(search)}."
         )
     return (
         f"None was found: trial {best.index}, the best on the validation prompts, is no better "
-        f"than the default spec on the test prompts ({after:.3f} against {before:.3f}, the mean "
-        f"of {len(search.spec.confirm)} seeds)."
+        f"than the default spec on the test prompts ({after:.3f} against {before:.3f}, "
+        f"{_seeds(search)})."
     )
+
+
+def _seeds(search: Search) -> str:
+    count = len(search.spec.confirm)
+    return "with one seed" if count == 1 else f"the mean of {count} seeds"
 
 
 def details(
@@ -114,13 +118,12 @@ def details(
     told += [f"{twins} equal to an earlier one"] if twins else []
     sentences = [f"{len(rows)} trials: {', '.join(told)}; {len(front)} on the Pareto front."]
     if found and best is not None and best.index:
-        better = seeds_better(search, found)
-        seeds = len(search.spec.confirm)
+        better, seeds = seeds_better(search, found), len(search.spec.confirm)
+        terms = [_term(o.metric, o.weight) for o in search.spec.objectives]
         sentences.append(
-            f"On the test prompts the winner has the lower weighted sum with {better} of {seeds} "
-            "seeds. The sum is " + " + ".join(_term(o.metric, o.weight) for o in
-                                              search.spec.objectives) + "."
-        )  # fmt: skip
+            f"The winner's weighted sum on the test prompts is the lower one with {better} of "
+            f"{seeds} seed{'s' if seeds > 1 else ''}. The sum is {' + '.join(terms)}."
+        )
     return sentences
 
 
