@@ -91,6 +91,7 @@ def start(path: Path, *more: str) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1"})  # fmt: skip
 
 
+@pytest.mark.timeout(1500)  # five drivers, each with a Ray of its own
 def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -107,7 +108,7 @@ def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
             )
         )
     alone, killed = spaces
-    assert start(alone).wait(300) == 0, alone.with_suffix(".log").read_text()
+    assert start(alone).wait(600) == 0, alone.with_suffix(".log").read_text()
     order, folder = random.Random(0), search_folder(load_search(killed))
     kills = 0
     for number in range(3):
@@ -120,7 +121,7 @@ def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
         driver.send_signal(signal.SIGKILL)
         driver.wait()
     assert kills >= 2
-    assert start(killed, "--resume").wait(300) == 0, killed.with_suffix(".log").read_text()
+    assert start(killed, "--resume").wait(600) == 0, killed.with_suffix(".log").read_text()
     tables = [pq.read_table(str(search_folder(load_search(p)) / TRIALS)) for p in spaces]
     assert untimed(tables[0]) == untimed(tables[1])
     pages = [(search_folder(load_search(p)) / REPORT).exists() for p in spaces]
