@@ -70,8 +70,8 @@ def asked(row: Row, answer: str | None, *, new_tokens: int = 0, error: str | Non
 
 
 @dataclass(frozen=True)
-class LabelJudge:
-    """A sequence classifier whose labels are outcomes."""
+class LocalJudge:
+    """What both kinds of local judges have: a model folder and its settings."""
 
     model: ModelInput
     spec: ClassifierSpec
@@ -83,6 +83,10 @@ class LabelJudge:
     @property
     def batch_size(self) -> int:
         return self.spec.batch_size
+
+
+class LabelJudge(LocalJudge):
+    """A sequence classifier whose labels are outcomes."""
 
     def not_for(self, axis: Axis) -> str | None:
         return None
@@ -127,20 +131,8 @@ class LabelJudge:
         )
 
 
-@dataclass(frozen=True)
-class GuardJudge:
+class GuardJudge(LocalJudge):
     """A causal LM that was trained to judge, asked by the prompt that it was trained on."""
-
-    model: ModelInput
-    spec: ClassifierSpec
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return _identity(self.model, self.spec)
-
-    @property
-    def batch_size(self) -> int:
-        return self.spec.batch_size
 
     @property
     def published(self) -> Template:
