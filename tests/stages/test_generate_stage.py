@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-import uvicorn
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from servers import ChatServer, serving
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
@@ -218,63 +212,12 @@ def test_parts_on_an_object_store(model: ModelInput) -> None:
 # ---- engine openai, against a real server on the loopback interface
 
 
-class Server:
-    """An OpenAI-compatible server whose answers misbehave as the prompt says."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-
-    def app(self) -> Any:
-        from starlette.applications import Starlette
-        from starlette.routing import Route
-
-        return Starlette(
-            routes=[
-                Route("/v1/models", self.models),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            ]
-        )
-
-    async def models(self, request: Request) -> Response:
-        if request.headers["authorization"] != "Bearer right":
-            return JSONResponse({"error": {"message": "bad key"}}, 401)
-        entry = {"id": "toy", "object": "model", "created": 0, "owned_by": "x"}
-        return JSONResponse({"object": "list", "data": [entry]})
-
-    async def chat(self, request: Request) -> Response:
-        body = await request.json()
-        text = body["messages"][-1]["content"]
-        self.calls[text] += 1
-        first = self.calls[text] == 1
-        soon = {"retry-after": "0.01"}
-        if (text == "limited" and first) or text == "always-limited":
-            return JSONResponse({"error": {"message": "slow down"}}, 429, soon)
-        if text == "broken" and first:
-            return JSONResponse({"error": {"message": "oops"}}, 500, soon)
-        if text == "hangs":
-            await asyncio.sleep(60)
-        if text == "cut":
-            return Response('{"id": "x", "choices": [{"mess', media_type="application/json")
-        message = {"role": "assistant", "content": f"{text} {body['seed']}"}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
-        head = {"id": "x", "object": "chat.completion", "created": 0, "model": "toy"}
-        return JSONResponse(head | {"choices": [choice], "usage": usage})
-
-
 @pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Server]]:
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ChatServer]]:
     monkeypatch.setenv("OPENAI_API_KEY", "right")
-    state = Server()
-    server = uvicorn.Server(uvicorn.Config(state.app(), port=0, log_level="critical"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1", state
-    server.should_exit = server.force_exit = True
-    thread.join(5)
+    state = ChatServer(lambda body: f"{body['messages'][-1]['content']} {body['seed']}")
+    with serving(state) as url:
+        yield url, state
 
 
 def remote(url: str, **changes: Any) -> GenerateSpec:
@@ -288,24 +231,24 @@ def table_of(*texts: str) -> pa.Table:
 
 
 def test_an_endpoint_answers_or_leaves_error_rows(
-    tmp_path: Path, endpoint: tuple[str, Server]
+    tmp_path: Path, endpoint: tuple[str, ChatServer]
 ) -> None:
     url, server = endpoint
-    texts = ("fine", "limited", "broken", "always-limited", "cut", "hangs")
+    texts = ("fine", "LIMITED", "BROKEN", "ALWAYS-LIMITED", "CUT", "HANGS")
     made = complete(tmp_path, None, remote(url), prompts=table_of(*texts))
     rows = {row["prompt_id"]: row for row in read_table(made.path / FILE).to_pylist()}
-    for text in ("fine", "limited", "broken"):
+    for text in ("fine", "LIMITED", "BROKEN"):
         assert rows[text]["completion"].startswith(text)
-        assert (rows[text]["new_tokens"], rows[text]["prompt_tokens"]) == (5, 3)
+        assert (rows[text]["new_tokens"], rows[text]["prompt_tokens"]) == (5, 30)
     kinds = {"rate limit": 1, "malformed answer": 1, "time-out": 1}
     assert made.manifest.counts["errors_by_kind"] == kinds
-    assert rows["cut"]["finish"] == "error"
-    assert server.calls["broken"] == 2
+    assert rows["CUT"]["finish"] == "error"
+    assert server.calls["BROKEN"] == 2
     assert "right" not in (made.path / "manifest.json").read_text()
 
 
 def test_an_endpoint_is_checked_before_the_work(
-    tmp_path: Path, endpoint: tuple[str, Server], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, endpoint: tuple[str, ChatServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, server = endpoint
     one = table_of("fine")
