@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from upath import UPath
 
 from qresafe.errors import CorruptArtifactError, ResourceError
+from qresafe.leftovers import MARK, aside, sweep
 from qresafe.progress import Progress
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
@@ -137,6 +137,8 @@ class Run:
         with disk_errors(str(folder)):
             began = time.perf_counter()
             counts = dict(work(folder))
+            if is_local(folder):
+                sweep(Path(str(folder)))
             manifest = Manifest(
                 stage=stage,
                 key=key,
@@ -201,7 +203,7 @@ def write_bytes(path: UPath | Path, data: bytes) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    temporary = f"{path}.tmp-{os.getpid()}-{threading.get_ident()}"
+    temporary = aside(path)
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -221,7 +223,7 @@ def hash_folder(folder: UPath) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(folder.rglob("*"), key=str):
         name = str(path)[len(root) :].lstrip("/")
-        if name in skip or name.startswith("work/") or ".tmp-" in name or not path.is_file():
+        if name in skip or name.startswith("work/") or MARK in name or not path.is_file():
             continue
         found[name] = hash_file(path)
     return found

@@ -20,7 +20,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the bottom up: a unit may import itself, what stands below it, and its neighbours in a row
 # where the row says so. A unit is a package or a module of `qresafe`.
 LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "progress", "presets"}
-LEAVES |= {"storage", "jsonl", "qresafe", "chat", "judge_specs", "spec_base"}
+LEAVES |= {"leftovers", "storage", "jsonl", "qresafe", "chat", "judge_specs", "spec_base"}
 LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants"}
 ROWS: list[set[str]] = [
     LEAVES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from qresafe.artifacts import (
     write_text,
 )
 from qresafe.errors import CorruptArtifactError, ResourceError
+from qresafe.leftovers import sweep
 
 
 class Work:
@@ -159,6 +161,38 @@ def test_work_files_and_torn_writes_are_not_part_of_the_result(tmp_path: Path) -
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
     assert list(hash_folder(UPath(tmp_path))) == ["a", "sub/c"]
+
+
+def test_only_what_dead_processes_of_this_host_left_is_swept(tmp_path: Path) -> None:
+    here = socket.gethostname()
+    kept = {
+        "table",
+        "table.tmp-old",
+        "table.tmp-1-1-elsewhere",
+        f"table.tmp-{os.getpid()}-1-{here}",
+    }
+    for name in [*kept, f"table.tmp-{dead_process()}-1-{here}"]:
+        (tmp_path / name).touch()
+    (tmp_path / f"folder.tmp-{dead_process()}-1-{here}" / "inside").mkdir(parents=True)
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_finished_stage_holds_no_half_written_files(run: Run) -> None:
+    left = f"table.tmp-{dead_process()}-1-{socket.gethostname()}"
+
+    def work(folder: UPath) -> dict[str, int]:
+        (folder / left).write_text("half")
+        return {}
+
+    made = run.stage("s", spec={}, inputs={}, code_version=1, work=work)
+    assert sorted(path.name for path in made.path.iterdir()) == ["DONE", "manifest.json"]
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def test_a_missing_file_is_found(run: Run) -> None:

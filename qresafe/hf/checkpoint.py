@@ -6,7 +6,6 @@ size, and loaded by the same software, by construction.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from qresafe.errors import ModelError
 from qresafe.hf.formats.base import Codec
 from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.tensor_files import TensorFiles
+from qresafe.leftovers import aside
 from qresafe.storage import local_folder
 
 SUPPORTED = (
@@ -173,16 +173,16 @@ def _codec(files: TensorFiles, config: Any) -> Codec:
 def built_aside(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target` that takes its place when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    scratch = target.with_name(aside(target.name))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
     try:
-        yield aside
+        yield scratch
         if target.exists():
             shutil.rmtree(target)
-        aside.rename(target)
+        scratch.rename(target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def load_dense(

@@ -13,6 +13,7 @@ from upath import UPath
 
 from qresafe.artifacts import is_local
 from qresafe.errors import DataError
+from qresafe.leftovers import aside
 from qresafe.stages.runtime import Row
 
 PIECE = 4096  # rows that are in memory at a time; also the row groups of what is written here
@@ -82,7 +83,7 @@ class TableWriter:
 def table_writer(path: UPath, schema: pa.Schema) -> Iterator[TableWriter]:
     """Give a writer of a file that a reader sees whole or not at all."""
     local = is_local(path)
-    target = UPath(f"{path}.tmp-{os.getpid()}") if local else path
+    target = UPath(aside(path)) if local else path
     with target.open("wb") as sink:
         writer = TableWriter(sink, schema)
         try:
