@@ -45,6 +45,15 @@ quantizers = Registry(
     },
 )
 
+# `quant_method` in a checkpoint's config -> what makes the codec that reads and rewrites it.
+formats = Registry(
+    "quantization format",
+    {
+        "compressed-tensors": "qresafe.hf.formats.compressed_tensors:CompressedTensors",
+        "bitsandbytes": "qresafe.hf.formats.bitsandbytes:codec",
+    },
+)
+
 engines = Registry(
     "engine",
     {

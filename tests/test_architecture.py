@@ -20,7 +20,16 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # From the bottom up: a unit may import itself, what stands below it, and its neighbours in a row
 # where the row says so. A unit is a package or a module of `qresafe`.
 LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "progress", "presets"}
-LEAVES |= {"leftovers", "storage", "jsonl", "qresafe", "chat", "judge_specs", "spec_base"}
+LEAVES |= {
+    "leftovers",
+    "storage",
+    "jsonl",
+    "qresafe",
+    "chat",
+    "judge_specs",
+    "spec_base",
+    "quantize_specs",
+}
 LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants"}
 ROWS: list[set[str]] = [
     LEAVES,
@@ -44,7 +53,10 @@ OWNERS = {
     "compressed_tensors": {"hf"},
     "datasets": {"hf"},
     "optuna": {"stages"},
-    "llmcompressor": set(),
+    "llmcompressor": {"hf"},
+    "aqlm": {"hf"},
+    "hqq": {"hf"},
+    "gguf": {"hf"},
     "lm_eval": {"hf"},
     "openai": {"chat"},
     "sklearn": {"judges"},

@@ -13,15 +13,8 @@ from pydantic import ValidationError
 from qresafe.errors import SpecError, nearest
 from qresafe.loading import load_spec
 from qresafe.presets import load_experiment, preset_names
-from qresafe.specs import (
-    BnbSpec,
-    CalibrationSpec,
-    ExperimentSpec,
-    GenerateSpec,
-    LlmQatSpec,
-    ObjectiveSpec,
-    PatchSpec,
-)
+from qresafe.quantize_specs import BnbSpec, CalibrationSpec, LlmQatSpec
+from qresafe.specs import ExperimentSpec, GenerateSpec, ObjectiveSpec, PatchSpec
 
 
 def write(folder: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,59 @@ FP4 = (
     0.0, 0.005208333333333333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25,
     0.0, -0.005208333333333333, -2 / 3, -1.0, -1 / 3, -0.5, -1 / 6, -0.25,
 )  # fmt: skip
+
+
+class Grid(Protocol):
+    """What the patch asks of a grid.
+
+    Codes are integers; they have the weight's shape (out, in) or, where one code stands for
+    several weights, (out, ...) with `code_shape` in full. Their first dimension is always `out`.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Shape of the codes."""
+
+    @property
+    def low(self) -> int:
+        """The smallest code."""
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+
+    @property
+    def row_step(self) -> int:
+        """Blocks of rows must start at a multiple of this."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of decoded weights."""
+
+    def rows(self, block: slice) -> Grid:
+        """Return the grid of a block of rows."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the weights (out, in) that codes stand for."""
+
+    def encode(self, weight: Tensor) -> Tensor:
+        """Return the codes of the grid points nearest to `weight`."""
+
+    def snap(self, weight: Tensor) -> Tensor:
+        """Return the grid points nearest to `weight`, in its dtype."""
+
+    def move(self, codes: Tensor, delta: Tensor) -> Tensor:
+        """Return the codes nearest to decode(codes) + delta; exactly `codes` where delta is 0."""
+
+    def snap_moved_(self, codes: Tensor, delta: Tensor) -> Tensor:
+        """Overwrite float32 `delta` with snap(decode(codes) + delta), and return it."""
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Grid:
+        """Return the grid on `device`, decoding to `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +103,10 @@ class UniformGrid:
     bits: int
     group_size: int
     shape: tuple[int, int]
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        return self.shape
 
     @property
     def low(self) -> int:
@@ -150,6 +207,18 @@ class CodebookGrid:
     dtype: torch.dtype = torch.float32
 
     @property
+    def code_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    @property
+    def low(self) -> int:
+        return 0
+
+    @property
+    def high(self) -> int:
+        return len(self.codebook) - 1
+
+    @property
     def row_step(self) -> int:
         return self.block_size // math.gcd(self.block_size, self.shape[1])
 
@@ -211,12 +280,9 @@ class CodebookGrid:
         return matrix
 
 
-Grid = UniformGrid | CodebookGrid
-
-
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One layer of Q0: a grid and int8 codes (out, in) on it."""
+    """One layer of Q0: a grid and integer codes on it, (out, in) unless it says otherwise."""
 
     grid: Grid
     codes: Tensor

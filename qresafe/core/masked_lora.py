@@ -65,7 +65,7 @@ class MaskedLoraLinear(nn.Module, ABC):
         self.out_features, self.in_features = self.shape = quantized.grid.shape
         self.rank, self.scaling, self.through_grid = rank, alpha / rank, through_grid
         self.grid = quantized.grid
-        self.register_buffer("codes0", quantized.codes.to(torch.int8))
+        self.register_buffer("codes0", quantized.codes)
         self.weight = nn.Parameter(dense.to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         start = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
@@ -126,7 +126,9 @@ class WeightMaskedLinear(MaskedLoraLinear):
 
     def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
         super().__init__(quantized, **options)
-        self.register_buffer("mask", torch.ones_like(self.codes0, dtype=torch.bool))
+        self.register_buffer(
+            "mask", torch.ones(self.shape, dtype=torch.bool, device=self.codes0.device)
+        )
 
     @property
     def masks(self) -> Masks:
@@ -264,8 +266,8 @@ def _check(name: str, tensor: QuantizedTensor, modules: Mapping[str, nn.Module])
         raise ModelError(
             f"no linear layer {name!r}", where="the model", remedy=nearest(name, known)
         )
-    if tuple(linear.weight.shape) != tuple(tensor.codes.shape):
-        shapes = f"{tuple(tensor.codes.shape)} codes for a {tuple(linear.weight.shape)} weight"
+    if tuple(linear.weight.shape) != tensor.grid.shape:
+        shapes = f"a {tensor.grid.shape} grid for a {tuple(linear.weight.shape)} weight"
         remedy = "use the quantized checkpoint of this very model"
         raise ModelError(shapes, where=f"layer {name!r}", remedy=remedy)
 

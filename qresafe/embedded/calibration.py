@@ -13,7 +13,8 @@ from qresafe.embedded.corpus import Question, Task, ask, prompt_table, tasks
 from qresafe.errors import DataError
 from qresafe.hf.tables import read_table
 from qresafe.jsonl import read_jsonl
-from qresafe.specs import CalibrationSpec, PairsSpec
+from qresafe.quantize_specs import CalibrationSpec
+from qresafe.specs import PairsSpec
 
 Chat = list[dict[str, str]]
 

@@ -22,6 +22,7 @@ from qresafe.hf.formats.base import Codec
 from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.leftovers import aside
+from qresafe.registry import formats
 from qresafe.storage import local_folder
 
 SUPPORTED = (
@@ -147,26 +148,21 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
     def _check_codes(self, name: str, codes: Tensor) -> None:
         grid = self.read(name).grid
         where = str(self.folder)
-        low, high = getattr(grid, "low", 0), getattr(grid, "high", 15)
-        if codes.is_floating_point() or tuple(codes.shape) != grid.shape:
-            what = f"codes of {name} are {codes.dtype} {tuple(codes.shape)}, not int {grid.shape}"
+        if codes.is_floating_point() or tuple(codes.shape) != grid.code_shape:
+            found = f"{codes.dtype} {tuple(codes.shape)}"
+            what = f"codes of {name} are {found}, not int {grid.code_shape}"
             raise ModelError(what, where=where)
-        if int(codes.min()) < low or int(codes.max()) > high:
-            raise ModelError(f"a code of {name} is outside [{low}, {high}]", where=where)
+        if int(codes.min()) < grid.low or int(codes.max()) > grid.high:
+            raise ModelError(f"a code of {name} is outside [{grid.low}, {grid.high}]", where=where)
 
 
 def _codec(files: TensorFiles, config: Any) -> Codec:
     method = config.get("quant_method") if isinstance(config, Mapping) else None
-    if method == "compressed-tensors":
-        from qresafe.hf.formats.compressed_tensors import CompressedTensors
-
-        return CompressedTensors(files, config)
-    if method == "bitsandbytes":
-        from qresafe.hf.formats.bitsandbytes import FourBit, Int8
-
-        return Int8(files, config) if config.get("load_in_8bit") else FourBit(files, config)
-    what = f"the quantization method {method!r} is not supported"
-    raise ModelError(what, where=str(files.folder), remedy=f"patchable are {SUPPORTED}")
+    if method not in formats.names:
+        what = f"the quantization method {method!r} is not supported"
+        raise ModelError(what, where=str(files.folder), remedy=f"patchable are {SUPPORTED}")
+    codec: Codec = formats.get(method)(files, config)
+    return codec
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.writing import write_bitsandbytes
 from qresafe.progress import Progress
+from qresafe.quantize_specs import BnbSpec
 from qresafe.quantizers.base import CHECKPOINT, QuantizeResult
-from qresafe.specs import BnbSpec
 from qresafe.storage import local_folder
 
 

@@ -24,8 +24,8 @@ from qresafe.hf.models import load_model, load_tokenizer
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, write_plain, write_quantized
 from qresafe.progress import Progress, Silent
+from qresafe.quantize_specs import LlmQatSpec
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, layers_to_quantize
-from qresafe.specs import LlmQatSpec
 from qresafe.storage import local_folder
 
 

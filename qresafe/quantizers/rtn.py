@@ -12,8 +12,8 @@ from qresafe.errors import ModelError
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, write_quantized
 from qresafe.progress import Progress, Silent
+from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, layers_to_quantize
-from qresafe.specs import RtnSpec
 from qresafe.storage import local_folder
 
 

@@ -87,7 +87,7 @@ def _scores(
         return snip_scores(engine, model, head, layers, rows, spec)
     if spec.mask.score == "magnitude":
         return magnitude_scores({n: _weight(engine, layer) for n, layer in layers.items()})
-    shapes = {name: layer.codes0.shape for name, layer in layers.items()}
+    shapes = {name: layer.shape for name, layer in layers.items()}
     return _on_device(random_scores(shapes, spec.seed), engine.device)
 
 

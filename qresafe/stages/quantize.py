@@ -12,8 +12,8 @@ from qresafe.artifacts import Artifact, Run, content_key
 from qresafe.embedded.calibration import calibration_chats
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
+from qresafe.quantize_specs import QuantizeSpec
 from qresafe.registry import quantizers
-from qresafe.specs import LlmQatSpec, QuantizeSpec
 from qresafe.storage import built_locally
 
 CODE_VERSION = 1
@@ -71,7 +71,8 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _calibration(spec: QuantizeSpec) -> dict[str, str]:
-    """Return the content of the chats that a fine-tuning method learns from, as a stage input."""
-    if not isinstance(spec, LlmQatSpec):
+    """Return the content of the chats that a method looks at or learns from, as a stage input."""
+    calibration = getattr(spec, "calibration", None)
+    if calibration is None:
         return {}
-    return {"calibration": content_key(calibration_chats(spec.calibration, spec.seed))}
+    return {"calibration": content_key(calibration_chats(calibration, getattr(spec, "seed", 0)))}

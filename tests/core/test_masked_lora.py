@@ -214,7 +214,7 @@ def test_attach_names_what_is_missing_or_misshapen():
     model, quantized = _model_and_codes()
     with pytest.raises(ModelError, match=r"no linear layer 'block.O'.*did you mean .*block.0"):
         attach(model, {"block.O": quantized["block.0"]}, on="weight", **OPTIONS)
-    with pytest.raises(ModelError, match=r"\(4, 10\) codes for a \(10, 14\) weight"):
+    with pytest.raises(ModelError, match=r"a \(4, 10\) grid for a \(10, 14\) weight"):
         attach(model, {"block.0": quantized["block.1"]}, on="weight", **OPTIONS)
     assert isinstance(model.block[0], nn.Linear)  # nothing was replaced
 

@@ -22,7 +22,8 @@ from qresafe.embedded.corpus import (
 from qresafe.embedded.training import alignment_chats, helpful_chats
 from qresafe.embedded.vocabulary import SPLITS, vocabulary
 from qresafe.errors import DataError
-from qresafe.specs import CalibrationSpec, PairsSpec
+from qresafe.quantize_specs import CalibrationSpec
+from qresafe.specs import PairsSpec
 
 AXES = ("harmful", "benign", "borderline")
 

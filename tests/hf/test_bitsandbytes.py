@@ -9,8 +9,8 @@ import torch
 
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model
+from qresafe.quantize_specs import BnbSpec
 from qresafe.quantizers.bnb import quantize
-from qresafe.specs import BnbSpec
 
 functional = pytest.importorskip("bitsandbytes.functional")
 IDS = torch.arange(10, 40)[None]

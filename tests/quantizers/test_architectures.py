@@ -13,8 +13,8 @@ from conftest import save_tiny_tokenizer
 from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import load_dense
 from qresafe.hf.models import load_model
+from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.rtn import quantize
-from qresafe.specs import RtnSpec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 262,

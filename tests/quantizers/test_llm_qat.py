@@ -14,8 +14,8 @@ from qresafe.embedded.calibration import read_chats
 from qresafe.errors import DataError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model
+from qresafe.quantize_specs import CalibrationSpec, LlmQatSpec
 from qresafe.quantizers.llm_qat import quantize, round_tokens
-from qresafe.specs import CalibrationSpec, LlmQatSpec
 
 IDS = torch.arange(10, 40)[None]
 

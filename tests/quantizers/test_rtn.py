@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from qresafe.errors import ModelError, SpecError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.models import load_model
+from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.rtn import quantize
-from qresafe.specs import RtnSpec
 
 PRESETS = {
     "W4A16": RtnSpec(bits=4, group_size=128, symmetric=True),

@@ -18,7 +18,8 @@ from qresafe.hf.chat import prompt_ids
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model, load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
-from qresafe.specs import BnbSpec, ModelSpec, QuantizeSpec, RtnSpec
+from qresafe.quantize_specs import BnbSpec, QuantizeSpec, RtnSpec
+from qresafe.specs import ModelSpec
 from qresafe.stages.export import export
 from qresafe.stages.quantize import quantize
 

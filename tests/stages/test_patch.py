@@ -18,8 +18,8 @@ from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Silent
+from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.rtn import quantize
-from qresafe.specs import RtnSpec
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.patch_output import read_tensors
 from qresafe.stages.reference import reference

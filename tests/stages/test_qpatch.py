@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from qresafe.errors import CorruptArtifactError, ModelError, UserError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
+from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.rtn import quantize
-from qresafe.specs import RtnSpec
 from qresafe.stages import qpatch
 
 Edit = Callable[[dict[str, Any], dict[str, Any]], None]

@@ -23,6 +23,11 @@ STATE = ".weight.quant_state.bitsandbytes__"
 FOUR_BIT_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
+def codec(files: TensorFiles, config: Mapping[str, Any]) -> FourBit | Int8:
+    """Return the codec of a checkpoint's 4-bit or 8-bit layers."""
+    return Int8(files, config) if config.get("load_in_8bit") else FourBit(files, config)
+
+
 class FourBit:
     """Codec of NF4 and FP4: two codes per byte, the first in the high half."""
 
