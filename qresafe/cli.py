@@ -20,6 +20,7 @@ from qresafe.commands import (
     judge_models,
     judging,
     patch,
+    quantizers,
     search,
 )
 from qresafe.commands.launch import launch
@@ -55,7 +56,11 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "report": experiment.report,
         "gate": gate.gate,
     },
-    MACHINE: {"doctor": doctor.doctor, "benchmarks": benchmarks.benchmarks},
+    MACHINE: {
+        "doctor": doctor.doctor,
+        "benchmarks": benchmarks.benchmarks,
+        "quantizers": quantizers.quantizers,
+    },
 }
 for panel, commands in COMMANDS.items():
     for name, command in commands.items():
