@@ -10,7 +10,7 @@ from qresafe.commands.options import AsJson
 
 
 def quantizers(as_json: AsJson = False) -> None:
-    """List the quantizers: widths, format, what loads it, whether it can be patched, where it ran."""
+    """List the quantizers: widths, format, what loads it, patchable or not, where it ran."""
     from qresafe.console import table
     from qresafe.quantizers.catalogue import catalogue
 

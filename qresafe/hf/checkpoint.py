@@ -18,6 +18,7 @@ from upath import UPath
 
 from qresafe.core.grids import QuantizedTensor
 from qresafe.errors import ModelError
+from qresafe.hf.conv1d import conv1d_layers, straighten
 from qresafe.hf.formats.base import Codec
 from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.tensor_files import TensorFiles
@@ -110,8 +111,10 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         wanted = dtype or self.dtype
         plain = {name: self.files[name] for name in self.plain_names()}
         state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in plain.items()}
+        across = conv1d_layers(self.folder)
         for name in self.names:
-            state[f"{name}.weight"] = self.read(name).dense().to(wanted)
+            weight = self.read(name).dense().to(wanted)
+            state[f"{name}.weight"] = weight.T.contiguous() if name in across else weight
         return state
 
     def rewrite(
@@ -197,6 +200,7 @@ def load_dense(
     checkpoint = QuantizedCheckpoint.open(path)
     wanted = dtype or checkpoint.dtype
     model = model_from_state(checkpoint.folder, checkpoint.dense_state_dict(wanted), wanted)
+    straighten(model, checkpoint.names)
     modules = dict(model.named_modules())
     lost = [name for name in checkpoint.names if name not in modules]
     if lost:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qresafe.core.grids import QuantizedTensor, UniformGrid
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, built_aside
+from qresafe.hf.conv1d import conv1d_layers
 from qresafe.hf.models import CONTENT, check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.tensor_files import TensorFiles
 
@@ -117,6 +118,7 @@ def write_dense(
     files, codec = checkpoint.files, checkpoint.codec
     owner = {part: name for name in checkpoint.names for part in codec.tensors(name)}
     leading = {codec.tensors(name)[0] for name in checkpoint.names}
+    across = conv1d_layers(checkpoint.folder)
 
     def convert(name: str) -> dict[str, Tensor]:
         if name not in owner:
@@ -125,6 +127,7 @@ def write_dense(
             return {}
         layer = owner[name]
         weight = adjust(layer, checkpoint.read(layer).dense().float())
+        weight = weight.T if layer in across else weight
         return {f"{layer}.weight": weight.to(wanted).contiguous()}
 
     config = read_config(checkpoint.folder)
