@@ -69,7 +69,56 @@ class LlmQatSpec(Spec):
     seed: int = 0
 
 
+class GptqSpec(Spec):
+    """GPTQ (Frantar et al. 2022), with llm-compressor's defaults."""
+
+    method: Literal["gptq"] = "gptq"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: Annotated[int, Field(ge=-1)] = 128
+    symmetric: bool = True
+    skip: tuple[str, ...] = ("lm_head",)
+    # static: columns with large inputs first, groups as they lie. Groups in that order too
+    # ("group", g_idx) are gone from llm-compressor 0.14, and transformers would misread them.
+    act_order: Literal["none", "static"] = "static"
+    damp: Positive = 0.01  # of the Hessian's mean diagonal
+    block_size: AtLeastOne = 128  # columns between two updates of the rest
+    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    sequences: AtLeastOne = 512
+    max_length: AtLeastOne = 2048
+    seed: int = 0
+
+
+class AwqSpec(Spec):
+    """AWQ (Lin et al. 2023), with its authors' 128 sequences of 512 tokens."""
+
+    method: Literal["awq"] = "awq"
+    bits: Literal[3, 4, 8] = 4
+    group_size: Annotated[int, Field(ge=-1)] = 128
+    symmetric: bool = False
+    skip: tuple[str, ...] = ("lm_head",)
+    duo_scaling: bool = True  # scales from weights and activations, not activations alone
+    grid_points: Annotated[int, Field(ge=3)] = 20  # exponents tried per layer
+    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    sequences: AtLeastOne = 128
+    max_length: AtLeastOne = 512
+    seed: int = 0
+
+
+class Fp8Spec(Spec):
+    """8-bit floats (E4M3), with llm-compressor's defaults."""
+
+    method: Literal["fp8"] = "fp8"
+    scales: Literal["channel", "tensor"] = "channel"
+    # none: weights only; dynamic: by token at run time; static: one scale from calibration
+    activations: Literal["none", "static", "dynamic"] = "dynamic"
+    skip: tuple[str, ...] = ("lm_head",)
+    calibration: CalibrationSpec = CalibrationSpec(risk="I")  # for static activations
+    sequences: AtLeastOne = 512
+    max_length: AtLeastOne = 2048
+    seed: int = 0
+
+
 QuantizeSpec = Annotated[
-    RtnSpec | BnbSpec | LlmQatSpec,
+    RtnSpec | BnbSpec | LlmQatSpec | GptqSpec | AwqSpec | Fp8Spec,
     Field(discriminator="method"),
 ]

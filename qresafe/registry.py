@@ -42,6 +42,9 @@ quantizers = Registry(
         "rtn": "qresafe.quantizers.rtn:quantize",
         "bnb": "qresafe.quantizers.bnb:quantize",
         "llm_qat": "qresafe.quantizers.llm_qat:quantize",
+        "gptq": "qresafe.quantizers.gptq:quantize",
+        "awq": "qresafe.quantizers.awq:quantize",
+        "fp8": "qresafe.quantizers.fp8:quantize",
     },
 )
 

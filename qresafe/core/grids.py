@@ -173,16 +173,8 @@ class UniformGrid:
             part.div_(scale)
         return delta.add_(codes).clamp_(self.low, self.high).round_()
 
-    def _parts(self, matrix: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield views (rows, groups, width) of `matrix` with broadcastable scale and zero."""
-        columns = self.shape[1]
-        width = self.group_size if 0 < self.group_size < columns else columns
-        full = columns // width
-        inner = matrix[:, : full * width].unflatten(1, (full, width))
-        yield inner, self.scale[:, :full, None], self.zero[:, :full, None]
-        if rest := columns - full * width:
-            tail = matrix[:, full * width :].unflatten(1, (1, rest))
-            yield tail, self.scale[:, full:, None], self.zero[:, full:, None]
+    def _parts(self, matrix: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        return per_group(matrix, self.group_size, self.scale, self.zero)
 
 
 @dataclass(frozen=True)
@@ -331,6 +323,25 @@ def fit_codebook(weight: Tensor, codebook: tuple[float, ...], block_size: int) -
     levels = torch.tensor(codebook, dtype=torch.float32, device=weight.device)
     shape = (weight.shape[0], weight.shape[1])
     return CodebookGrid(levels, absmax, block_size, shape, weight.dtype)
+
+
+def per_group(matrix: Tensor, group_size: int, *parameters: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views (rows, groups, width) of `matrix`, each with broadcastable parameters.
+
+    Args:
+        matrix: (out, in).
+        group_size: Weights per group along the row; the last one is shorter when `in` is not a
+            multiple. 0 and -1 make one group of the row.
+        parameters: One value per group, (out or 1, groups).
+    """
+    columns = matrix.shape[1]
+    width = group_size if 0 < group_size < columns else columns
+    full = columns // width
+    inner = matrix[:, : full * width].unflatten(1, (full, width))
+    yield inner, *(values[:, :full, None] for values in parameters)
+    if rest := columns - full * width:
+        tail = matrix[:, full * width :].unflatten(1, (1, rest))
+        yield tail, *(values[:, full:, None] for values in parameters)
 
 
 def straight_through(weight: Tensor, grid: Grid) -> Tensor:

@@ -27,7 +27,7 @@ from qresafe.registry import formats
 from qresafe.storage import local_folder
 
 SUPPORTED = (
-    "compressed-tensors integer weights (pack-quantized, int-quantized), "
+    "compressed-tensors integers and FP8 (pack-quantized, int-quantized, float-quantized), "
     "bitsandbytes NF4, FP4 and LLM.int8()"
 )
 

@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints: integer weights, packed (2 to 8 bits) or one per byte."""
+"""compressed-tensors checkpoints: integers, packed (2 to 8 bits) or one per byte, and FP8."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from torch import Tensor
 
-from qresafe.core.grids import QuantizedTensor, UniformGrid
+from qresafe.core.fp8 import E4M3, Fp8Grid, levels
+from qresafe.core.grids import Grid, QuantizedTensor, UniformGrid
 from qresafe.errors import ModelError
 from qresafe.hf.tensor_files import TensorFiles
 
 STRATEGIES = ("group", "channel", "tensor")
+SIDES = ("input", "output")
 
 
 class CompressedTensors:
-    """Codec of `pack-quantized` (any width) and `int-quantized` (8 bits) layers.
+    """Codec of `pack-quantized` (any width), `int-quantized` and `float-quantized` (8 bits) layers.
+
+    A scheme with `input_activations` rounds them when the deployed model runs, so its logits
+    differ from those of the decoded weights.
 
     Raises:
-        ModelError: The config is malformed, or uses a scheme other than plain integer weights.
+        ModelError: The config is malformed, or uses a scheme other than integers and E4M3.
     """
 
     name = "compressed-tensors"
@@ -40,30 +45,39 @@ class CompressedTensors:
         return tuple(self._args)
 
     def tensors(self, layer: str) -> tuple[str, ...]:
-        parts = ("", "_packed", "_scale", "_zero_point", "_shape", "_g_idx")
+        parts = ("", "_packed", "_scale", "_zero_point", "_shape")
         names = [f"{layer}.weight{part}" for part in parts]
+        # of the activations of this layer, and of no use without them
+        names += [f"{layer}.{side}_{part}" for side in SIDES for part in ("scale", "zero_point")]
         return tuple(name for name in names if name in self._files)
 
     def read(self, layer: str) -> QuantizedTensor:
-        args = self._args[layer]
-        grid = UniformGrid(
-            scale=self._files[f"{layer}.weight_scale"].reshape(-1, self._groups(layer)),
-            zero=self._zero(layer),
-            bits=args.num_bits,
-            group_size=_group_size(args),
-            shape=self._shape(layer),
-        )
-        return QuantizedTensor(grid, self._codes(layer))
+        return QuantizedTensor(self._grid(layer), self._codes(layer))
 
     def pack(self, layer: str, codes: Tensor) -> tuple[str, Tensor]:
         if self._is_packed(layer):
             packed = pack_to_int32(codes.to(torch.int8), self._args[layer].num_bits)
             return f"{layer}.weight_packed", packed.contiguous()
+        if self._args[layer].type == "float":
+            return f"{layer}.weight", self._floats(layer, codes)
         return f"{layer}.weight", codes.to(torch.int8)
+
+    def _floats(self, layer: str, codes: Tensor) -> Tensor:
+        floats = levels(codes.to(torch.int8))
+        if floats.float().isnan().any():
+            raise ModelError(f"a code of {layer} means NaN", where=str(self._files.folder))
+        return floats
+
+    def _grid(self, layer: str) -> Grid:
+        args, shape = self._args[layer], self._shape(layer)
+        scale = self._files[f"{layer}.weight_scale"].reshape(-1, self._groups(layer))
+        if args.type == "float":
+            return Fp8Grid(scale, _group_size(args), shape)
+        return UniformGrid(scale, self._zero(layer), args.num_bits, _group_size(args), shape)
 
     def _codes(self, layer: str) -> Tensor:
         if not self._is_packed(layer):
-            return self._files[f"{layer}.weight"]
+            return self._files[f"{layer}.weight"].view(torch.int8)
         packed = self._files[f"{layer}.weight_packed"]
         return unpack_from_int32(packed, self._args[layer].num_bits, self._shape(layer))
 
@@ -102,12 +116,16 @@ class CompressedTensors:
         if args is None:
             raise ModelError(f"no quantization scheme for layer {layer}", where=where)
         if f"{layer}.weight_g_idx" in self._files:
-            remedy = "quantize without activation ordering (actorder: null or static)"
-            raise ModelError(f"layer {layer} has re-ordered groups", where=where, remedy=remedy)
-        if args.type != "int" or args.strategy not in STRATEGIES:
-            what = f"layer {layer} is {args.type} by {args.strategy}; patchable are integers"
-            remedy = f"use integer weights by {', '.join(STRATEGIES)}"
+            # compressed-tensors 0.19 ignores g_idx without a word: the deployed weights are wrong
+            what = f"layer {layer} has re-ordered groups (g_idx), which transformers cannot run"
+            remedy = "quantize with activation order none or static"
             raise ModelError(what, where=where, remedy=remedy)
+        if (args.type, args.num_bits) != ("float", 8) and args.type != "int":
+            what = f"layer {layer} is {args.num_bits}-bit {args.type}"
+            raise ModelError(what, where=where, remedy="patchable are integers and 8-bit floats")
+        if args.strategy not in STRATEGIES:
+            what = f"layer {layer} has scales by {args.strategy}"
+            raise ModelError(what, where=where, remedy=f"use scales by {', '.join(STRATEGIES)}")
         return args
 
 
@@ -137,7 +155,8 @@ def _group_size(args: QuantizationArgs) -> int:
 
 
 def _plain(files: TensorFiles) -> list[str]:
-    names = [name for name, entry in files.entries.items() if entry.dtype == torch.int8]
+    kinds = (torch.int8, E4M3)
+    names = [name for name, entry in files.entries.items() if entry.dtype in kinds]
     return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
 
