@@ -42,6 +42,8 @@ quantizers = Registry(
         "rtn": "qresafe.quantizers.rtn:quantize",
         "bnb": "qresafe.quantizers.bnb:quantize",
         "llm_qat": "qresafe.quantizers.llm_qat:quantize",
+        "qlora": "qresafe.quantizers.qlora:quantize",
+        "critical16": "qresafe.quantizers.critical16:quantize",
     },
 )
 
