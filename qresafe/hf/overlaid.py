@@ -169,7 +169,11 @@ def _apply(layer: nn.Module, grid: KeptGrid, codes: Tensor) -> None:
     gap = grid.values.float() - dense[grid.positions]
     columns = grid.shape[1]
     places = torch.stack([grid.positions // columns, grid.positions % columns])
-    matrix = torch.sparse_coo_tensor(places, gap, grid.shape).coalesce().to(weight.device)
+    matrix = (
+        torch.sparse_coo_tensor(places, gap, grid.shape, check_invariants=True)
+        .coalesce()
+        .to(weight.device)
+    )
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         rows = inputs[0].reshape(-1, columns).float()
