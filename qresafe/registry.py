@@ -45,6 +45,8 @@ quantizers = Registry(
         "gptq": "qresafe.quantizers.gptq:quantize",
         "awq": "qresafe.quantizers.awq:quantize",
         "fp8": "qresafe.quantizers.fp8:quantize",
+        "qlora": "qresafe.quantizers.qlora:quantize",
+        "critical16": "qresafe.quantizers.critical16:quantize",
     },
 )
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from qresafe.errors import CorruptArtifactError
 
 _ESCAPE = 8  # the nibble that stands for "in the list of wide changes"
-_FIELDS = ("header", "lower", "upper", "nibbles", "wide")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -59,23 +58,31 @@ class SparseDiff:
 
     def pack(self) -> dict[str, Tensor]:
         """Return the difference as named uint8 tensors, e.g. for safetensors."""
-        positions = self.positions.numpy()
         changes = self.changes.numpy()
-        shift = _lower_bits(self.size, len(positions))
-        upper = np.zeros((self.size >> shift) + len(positions) + 1, dtype=np.uint8)
-        upper[(positions >> shift) + np.arange(len(positions))] = 1
-        lower = (positions[:, None] >> np.arange(shift)) & 1
         narrow = np.abs(changes.astype(np.int16)) < _ESCAPE
         nibbles = np.where(narrow, changes & 15, _ESCAPE).astype(np.uint8)
         nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, dtype=np.uint8))
         packed = {
-            "header": np.array([self.size, len(positions)], dtype="<i8").view(np.uint8),
-            "lower": np.packbits(lower.astype(np.uint8).reshape(-1), bitorder="little"),
-            "upper": np.packbits(upper, bitorder="little"),
             "nibbles": nibbles[::2] | nibbles[1::2] << 4,
             "wide": changes[~narrow].view(np.uint8),
         }
-        return {name: torch.from_numpy(array.copy()) for name, array in packed.items()}
+        values = {name: torch.from_numpy(array.copy()) for name, array in packed.items()}
+        return pack_positions(self.size, self.positions) | values
+
+
+def pack_positions(size: int, positions: Tensor) -> dict[str, Tensor]:
+    """Return sorted, distinct positions in [0, size) in Elias-Fano form, as uint8 tensors."""
+    places = positions.numpy()
+    shift = _lower_bits(size, len(places))
+    upper = np.zeros((size >> shift) + len(places) + 1, dtype=np.uint8)
+    upper[(places >> shift) + np.arange(len(places))] = 1
+    lower = (places[:, None] >> np.arange(shift)) & 1
+    packed = {
+        "header": np.array([size, len(places)], dtype="<i8").view(np.uint8),
+        "lower": np.packbits(lower.astype(np.uint8).reshape(-1), bitorder="little"),
+        "upper": np.packbits(upper, bitorder="little"),
+    }
+    return {name: torch.from_numpy(array.copy()) for name, array in packed.items()}
 
 
 def diff(old: Tensor, new: Tensor) -> SparseDiff:
@@ -98,15 +105,25 @@ def unpack(packed: Mapping[str, Tensor], where: str = "the patch") -> SparseDiff
         CorruptArtifactError: A tensor is missing, or lengths, positions or changes contradict
             each other; nothing outside the codes is ever touched.
     """
-    parts = {name: _bytes(packed, name, where) for name in _FIELDS}
+    size, positions = unpack_positions(packed, where)
+    parts = {name: _bytes(packed, name, where) for name in ("nibbles", "wide")}
+    changes = _changes(parts, len(positions), where)
+    return SparseDiff(size, positions, torch.from_numpy(changes))
+
+
+def unpack_positions(packed: Mapping[str, Tensor], where: str) -> tuple[int, Tensor]:
+    """Return size and positions that `pack_positions` packed.
+
+    Raises:
+        CorruptArtifactError: A tensor is missing, or they contradict each other.
+    """
+    parts = {name: _bytes(packed, name, where) for name in ("header", "lower", "upper")}
     if len(parts["header"]) != 16:
         raise _corrupt("a header that is not 16 bytes long", where)
     size, count = (int(n) for n in parts["header"].view("<i8"))
     if not 0 <= count <= size:
         raise _corrupt(f"{count} changes among {size} codes", where)
-    positions = _positions(parts, size, count, where)
-    changes = _changes(parts, count, where)
-    return SparseDiff(size, torch.from_numpy(positions), torch.from_numpy(changes))
+    return size, torch.from_numpy(_positions(parts, size, count, where))
 
 
 def _positions(

@@ -13,7 +13,7 @@ from qresafe.embedded.corpus import Question, Task, ask, prompt_table, tasks
 from qresafe.errors import DataError
 from qresafe.hf.tables import read_table
 from qresafe.jsonl import read_jsonl
-from qresafe.quantize_specs import CalibrationSpec
+from qresafe.quantize_specs import CalibrationSpec, Critical16Spec
 from qresafe.specs import PairsSpec
 
 Chat = list[dict[str, str]]
@@ -74,6 +74,25 @@ def calibration_chats(spec: CalibrationSpec, seed: int) -> list[Chat]:
     chats = [chat(question.prompt, question.task.answer) for question in benign + harmful]
     rng.shuffle(chats)
     return chats
+
+
+def harmful_texts(spec: Critical16Spec) -> list[str]:
+    """Return the harmful prompts whose refusals show which weights are safety-critical.
+
+    Raises:
+        DataError: The user's file has no column prompt, or more prompts are wanted than there are.
+    """
+    if spec.path is None:
+        rng = random.Random(f"critical {spec.seed}")
+        return [q.prompt for q in ask(tasks("harmful", "train"), spec.harmful, rng)]
+    table = read_table(spec.path, "train")
+    if "prompt" not in table.column_names:
+        remedy = "name the column prompt"
+        raise DataError("no column 'prompt'", where=spec.path, remedy=remedy)
+    texts = [str(text) for text in table["prompt"].to_pylist() if text and str(text).strip()]
+    if not texts:
+        raise DataError("the file holds no prompts", where=spec.path, remedy="add one")
+    return texts[: spec.harmful]
 
 
 def chat(prompt: str, answer: str, system: str | None = None) -> Chat:

@@ -6,8 +6,9 @@ size, and loaded by the same software, by construction.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from qresafe.errors import ModelError
 from qresafe.hf.conv1d import conv1d_layers, straighten
 from qresafe.hf.formats.base import Codec
 from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
+from qresafe.hf.overlaid import Overlays
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.leftovers import aside
 from qresafe.registry import formats
@@ -35,12 +37,16 @@ SUPPORTED = (
 class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
     """Layer name -> grid and codes, read from the files on access.
 
+    A LoRA adapter or 16-bit weights in the folder show in the grids, see `qresafe.hf.overlaid`.
+
     Layer names are module names ("model.layers.0.self_attn.q_proj").
     """
 
     def __init__(self, folder: Path, files: TensorFiles, codec: Codec) -> None:
         self.folder, self.files, self.codec = folder, files, codec
         self._layers = dict.fromkeys(codec.layers)
+        self.overlays = Overlays(folder)
+        self.overlays.check(self._layers)
 
     @classmethod
     def open(cls, path: str | Path | UPath) -> QuantizedCheckpoint:
@@ -76,7 +82,7 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         if name not in self._layers:
             raise ModelError(f"no quantized layer {name!r}", where=str(self.folder))
         try:
-            return self.codec.read(name)
+            return self.overlays.on(name, self.codec.read(name))
         except (KeyError, RuntimeError, ValueError) as error:
             what = f"layer {name} is incomplete or malformed ({error})"
             raise ModelError(what, where=str(self.folder)) from None
@@ -182,6 +188,29 @@ def built_aside(target: Path) -> Iterator[Path]:
         scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def bits_per_weight(path: str | Path | UPath, also: Sequence[str] = ()) -> float:
+    """Return the stored bits of quantized layers per weight of theirs.
+
+    Counted are codes, scales, zero points and all else that a format stores of a layer, with its
+    adapter and its 16-bit weights; not what is stored once per file.
+
+    Args:
+        path: A folder that `QuantizedCheckpoint.open` recognises.
+        also: Layers that were left unquantized by a choice which the figure is to pay for.
+    """
+    checkpoint = QuantizedCheckpoint.open(path)
+    entries = checkpoint.files.entries
+    stored = {name: checkpoint.codec.tensors(name) for name in checkpoint.names}
+    stored |= {name: (f"{name}.weight",) for name in also}
+    size = sum(
+        entries[part].end - entries[part].begin for parts in stored.values() for part in parts
+    )
+    size += sum(checkpoint.overlays.nbytes(name) for name in checkpoint.names)
+    weights = sum(math.prod(checkpoint.read(name).grid.shape) for name in checkpoint.names)
+    weights += sum(math.prod(entries[f"{name}.weight"].shape) for name in also)
+    return 8 * size / weights
 
 
 def load_dense(

@@ -96,6 +96,16 @@ def finetune(
     return history
 
 
+def total_steps(steps: int, epochs: float | None, chats: int, batch_size: int) -> int:
+    """Return the optimizer steps that a spec asks for: `epochs` passes, or else `steps`.
+
+    A pass takes ceil(chats / batch_size) steps, because its last batch may be smaller.
+    """
+    if epochs is None:
+        return steps
+    return max(1, round(epochs * math.ceil(chats / batch_size)))
+
+
 def warmup_cosine(step: int, steps: int, warmup_steps: int) -> float:
     """Return the factor on the peak rate at `step` (0-based): linear rise times half a cosine."""
     rise = min(1.0, (step + 1) / max(1, warmup_steps))

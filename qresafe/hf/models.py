@@ -20,6 +20,8 @@ from qresafe.storage import local_folder
 # Never *.bin or *.pt: those are pickles, and unpickling runs code.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 NOT_THE_MODEL = ["*/*", "consolidated*"]  # other formats of the same weights
+KEPT = "critical16.safetensors"  # single weights in 16 bits, see `qresafe.hf.overlaid`
+ADAPTER_CONFIG = "adapter_config.json"
 CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 
 
@@ -226,6 +228,7 @@ def load_model(
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     folder = local_folder(path)
     check_folder(folder)
+    _check_adapter(folder)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     try:
         model, loaded = kind.from_pretrained(
@@ -240,7 +243,18 @@ def load_model(
     except (ValueError, ImportError, KeyError, RuntimeError) as error:
         raise _load_failure(error, folder) from error
     refuse_missing(loaded, folder)
+    if (folder / KEPT).is_file():
+        from qresafe.hf.overlaid import apply_kept
+
+        apply_kept(model, folder)
     return model.eval()
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuse an adapter in pickles, which PEFT would read."""
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "adapter_model.safetensors").is_file():
+        remedy = "save the adapter as adapter_model.safetensors"
+        raise ModelError("an adapter without safetensors", where=str(folder), remedy=remedy)
 
 
 def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:

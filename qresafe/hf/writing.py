@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,14 @@ from qresafe.core.grids import QuantizedTensor, UniformGrid
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, built_aside
 from qresafe.hf.conv1d import conv1d_layers
-from qresafe.hf.models import CONTENT, check_folder, load_config, read_config, refuse_missing
+from qresafe.hf.models import (
+    ADAPTER_CONFIG,
+    CONTENT,
+    check_folder,
+    load_config,
+    read_config,
+    refuse_missing,
+)
 from qresafe.hf.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
@@ -186,6 +193,28 @@ def write_plain(target: Path, source: Path, weights: Mapping[str, Tensor]) -> No
     _write(target, files, convert, read_config(source))
 
 
+def write_halved(target: Path, source: Path, layers: Sequence[str]) -> None:
+    """Write a copy of a checkpoint that stores the weights of some plain layers in 16 bits.
+
+    transformers loads them in the type that config.json names, as it does every weight.
+    """
+    files = TensorFiles(source)
+    halved = {f"{layer}.weight" for layer in layers}
+
+    def convert(name: str) -> dict[str, Tensor]:
+        return {name: in_16_bits(files[name]) if name in halved else files[name]}
+
+    _write(target, files, convert, read_config(source))
+
+
+def in_16_bits(weight: Tensor) -> Tensor:
+    """Return a weight in 16 bits: as it is, else as float16, or bfloat16 where that overflows."""
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight
+    half = weight.to(torch.float16)
+    return half if torch.isfinite(half).all() else weight.to(torch.bfloat16)
+
+
 def _packed(layer: str, tensor: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
     grid = tensor.grid
     if not isinstance(grid, UniformGrid):
@@ -252,5 +281,6 @@ def copy_sidecars(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and generation settings; what is in `target` stays."""
     for file in source.iterdir():
         made = (target / file.name).exists() or file.suffix == ".safetensors"
-        if file.is_file() and file.suffix in CONTENT and file.name != INDEX and not made:
+        other = file.name in (INDEX, ADAPTER_CONFIG)  # of weights that are not copied
+        if file.is_file() and file.suffix in CONTENT and not other and not made:
             shutil.copyfile(file, target / file.name)

@@ -67,7 +67,7 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
         # transformers 5.17 looks for packed experts there and, finding none, draws them at random
         what = "compressed-tensors cannot keep a mixture's experts in full precision"
         raise ModelError(what, where=str(folder), remedy="use quantize.method: bnb")
-    names = [n for n in linear_layers(folder) if not _skipped(n, skip)]
+    names = [n for n in linear_layers(folder) if not skipped(n, skip)]
     missing = [name for name in names if f"{name}.weight" not in files]
     if missing:
         remedy = "add it to quantize.skip"
@@ -80,7 +80,8 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
     return names
 
 
-def _skipped(name: str, skip: tuple[str, ...]) -> bool:
+def skipped(name: str, skip: tuple[str, ...]) -> bool:
+    """Return whether `skip` names a layer: in full, or by its last part ("lm_head")."""
     return any(name == entry or name.endswith(f".{entry}") for entry in skip)
 
 

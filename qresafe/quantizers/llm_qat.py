@@ -19,7 +19,7 @@ from qresafe.core.grids import QuantizedTensor, UniformGrid, fit_uniform, straig
 from qresafe.embedded.calibration import calibration_chats
 from qresafe.errors import ModelError
 from qresafe.hf.chat import chat_ids
-from qresafe.hf.finetune import Chat, finetune
+from qresafe.hf.finetune import Chat, finetune, total_steps
 from qresafe.hf.models import load_model, load_tokenizer
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, write_plain, write_quantized
@@ -50,8 +50,10 @@ def quantize(
     names = layers_to_quantize(source, spec.skip, spec.group_size)
     tokenizer = load_tokenizer(source)
     chats = [chat_ids(tokenizer, chat) for chat in calibration_chats(spec.calibration, spec.seed)]
+    steps = total_steps(spec.steps, spec.epochs, len(chats), spec.batch_size)
+    spec = spec.model_copy(update={"steps": steps})
     shown = progress or Silent()
-    shown.start("quantize", spec.steps * (2 if control else 1), "steps")
+    shown.start("quantize", steps * (2 if control else 1), "steps")
     scheme = Scheme(spec.bits, spec.group_size, spec.symmetric, spec.activation_bits, spec.kv_bits)
     rounded, losses = _train(source, names, chats, spec, scheme, shown)
     write_quantized(target / CHECKPOINT, source, _final(rounded, source, scheme), scheme)

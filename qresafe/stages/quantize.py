@@ -9,10 +9,11 @@ from typing import Any
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run, content_key
-from qresafe.embedded.calibration import calibration_chats
+from qresafe.embedded.calibration import calibration_chats, harmful_texts
+from qresafe.hf.checkpoint import bits_per_weight
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
-from qresafe.quantize_specs import QuantizeSpec
+from qresafe.quantize_specs import Critical16Spec, QuantizeSpec
 from qresafe.registry import quantizers
 from qresafe.storage import built_locally
 
@@ -51,12 +52,12 @@ def quantize(
         method = quantizers.get(spec.method)
         with built_locally(folder) as target:
             made = method(source.path, target, spec, control=control, progress=shown)
-            sizes = {"checkpoint_bytes": folder_bytes(target / "checkpoint")}
+            sizes = _sizes(target / "checkpoint", made.counts)
         return dict(made.counts) | sizes | {"control": made.control is not None}
 
     artifact = run.stage(
         "quantize",
-        spec=spec.model_dump(mode="json") | {"control": control},
+        spec=_key_spec(spec) | {"control": control},
         inputs={"model": model.key} | _calibration(spec),
         code_version=CODE_VERSION,
         work=work,
@@ -70,9 +71,30 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
+def _sizes(checkpoint: Path, counts: Mapping[str, Any]) -> dict[str, float]:
+    bits = bits_per_weight(checkpoint, counts.get("kept_layers", ()))
+    return {"checkpoint_bytes": folder_bytes(checkpoint), "bits_per_weight": round(bits, 4)}
+
+
+def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
+    """Return the part of a spec that the bits depend on; epochs that nobody asked for do not."""
+    data: dict[str, Any] = spec.model_dump(mode="json")
+    return _without_epochs(data)
+
+
+def _without_epochs(data: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _without_epochs(v) if isinstance(v, dict) else v for k, v in data.items()}
+    return {k: v for k, v in nested.items() if (k, v) != ("epochs", None)}
+
+
 def _calibration(spec: QuantizeSpec) -> dict[str, str]:
-    """Return the content of the chats that a method looks at or learns from, as a stage input."""
+    """Return the content of what a method looks at or learns from, as stage inputs."""
+    inputs: dict[str, str] = {}
     calibration = getattr(spec, "calibration", None)
-    if calibration is None:
-        return {}
-    return {"calibration": content_key(calibration_chats(calibration, getattr(spec, "seed", 0)))}
+    if calibration is not None:
+        chats = calibration_chats(calibration, getattr(spec, "seed", 0))
+        inputs["calibration"] = content_key(chats)
+    if isinstance(spec, Critical16Spec):
+        inputs["prompts"] = content_key(harmful_texts(spec))
+        inputs |= {f"base {name}": key for name, key in _calibration(spec.base).items()}
+    return inputs

@@ -1,0 +1,217 @@
+"""16 bits for the most safety-critical weights, any other method for the rest; no training.
+
+The paper's variant without fine-tuning: weights are scored by SNIP on W, with the loss
+-log p(y|x) of W's own refusals of harmful prompts, and the top fraction is kept. Kept are either
+single weights, in a file that qresafe alone puts back into the deployed model, or whole linear
+layers, by summed score per weight, which any server runs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qresafe.core.masks import iter_top_fraction
+from qresafe.core.snip import SnipScorer
+from qresafe.embedded.calibration import harmful_texts
+from qresafe.errors import DataError, ModelError, SpecError
+from qresafe.hf.chat import prompt_ids
+from qresafe.hf.checkpoint import QuantizedCheckpoint
+from qresafe.hf.finetune import Chat, answer_logits
+from qresafe.hf.generate import generate_batch
+from qresafe.hf.models import load_model, load_tokenizer
+from qresafe.hf.overlaid import decompress_on_load, write_kept
+from qresafe.hf.tensor_files import TensorFiles
+from qresafe.hf.writing import in_16_bits, linear_layers, write_halved
+from qresafe.progress import Progress, Silent
+from qresafe.quantize_specs import BaseSpec, Critical16Spec, QloraSpec
+from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, skipped
+from qresafe.registry import judges, quantizers
+from qresafe.specs import GenerateSpec
+from qresafe.storage import local_folder
+
+ALONE = "plain transformers and other servers load this folder without its 16-bit weights"
+
+
+def quantize(
+    model_path: str | Path,
+    target: Path,
+    spec: Critical16Spec,
+    *,
+    control: bool = True,
+    progress: Progress | None = None,
+) -> QuantizeResult:
+    """Write `target/checkpoint`: the base method's, with critical weights in 16 bits.
+
+    Needs W in memory with the activations of a batch, and what the base method needs. A base
+    that fine-tunes keeps the values of W, not of its own training.
+
+    Raises:
+        ModelError: A layer does not fit the base method.
+        DataError: W refuses none of the prompts.
+        SpecError: With structure layers, no layer is as small as `fraction`.
+    """
+    source = local_folder(model_path)
+    texts = harmful_texts(spec)
+    names = [n for n in linear_layers(source) if not skipped(n, skip_of(spec.base))]
+    shown = progress or Silent()
+    shown.start("score", len(texts), "prompts")
+    refused, scores = _scored(source, names, texts, spec, shown)
+    counts = {"refusals": refused, "prompts": len(texts), "structure": spec.structure}
+    make = _keep_weights if spec.structure == "weights" else _keep_layers
+    made = make(source, target, spec, scores, control, shown)
+    return QuantizeResult(dict(made.counts) | counts, made.control)
+
+
+def skip_of(spec: BaseSpec) -> tuple[str, ...]:
+    """Return the layers that a method leaves alone."""
+    return spec.base.skip if isinstance(spec, QloraSpec) else spec.skip
+
+
+def skipping(spec: BaseSpec, more: Sequence[str]) -> BaseSpec:
+    """Return a method's spec that leaves more layers alone."""
+    if isinstance(spec, QloraSpec):
+        return spec.model_copy(update={"base": skipping(spec.base, more)})
+    return spec.model_copy(update={"skip": (*spec.skip, *more)})
+
+
+def _scored(
+    source: Path, names: Sequence[str], texts: Sequence[str], spec: Critical16Spec, shown: Progress
+) -> tuple[int, Mapping[str, Tensor]]:
+    """Return how many prompts W refuses, and the summed SNIP scores of W over its refusals."""
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    model = load_model(source, device=device).requires_grad_(False)
+    chats = _refusals(model, load_tokenizer(source), texts, spec, shown)
+    layers = {name: model.get_submodule(name) for name in names}
+    with SnipScorer(layers) as scorer:
+        for start in range(0, len(chats), spec.batch_size):
+            logits, targets = answer_logits(model, chats[start : start + spec.batch_size])
+            torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
+    return len(chats), scorer.scores()
+
+
+def _refusals(
+    model: Any, tokenizer: Any, texts: Sequence[str], spec: Critical16Spec, shown: Progress
+) -> list[Chat]:
+    judge = judges.get(spec.judge)
+    greedy = GenerateSpec(max_new_tokens=spec.max_new_tokens)
+    chats: list[Chat] = []
+    for start in range(0, len(texts), spec.batch_size):
+        asked = texts[start : start + spec.batch_size]
+        prompts = [prompt_ids(tokenizer, text) for text in asked]
+        answers = generate_batch(model, tokenizer, prompts, list(asked), greedy)
+        for text, prompt, answer in zip(asked, prompts, answers, strict=True):
+            if judge("harmful", text, answer.text).outcome == "refused":
+                chats.append((prompt, answer.ids))
+        shown.advance(len(asked))
+    if not chats:
+        remedy = "give prompts that the model refuses, or another judge"
+        raise DataError("W refuses none of the prompts", where="quantize", remedy=remedy)
+    return chats
+
+
+def _keep_weights(
+    source: Path,
+    target: Path,
+    spec: Critical16Spec,
+    scores: Mapping[str, Tensor],
+    control: bool,
+    shown: Progress,
+) -> QuantizeResult:
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        method = quantizers.get(spec.base.method)
+        made = method(source, Path(scratch), spec.base, control=control, progress=shown)
+        base = QuantizedCheckpoint.open(Path(scratch) / CHECKPOINT)
+        kept = _overlay(base, TensorFiles(source), scores, spec.fraction)
+        # Codes beneath kept weights act on nothing; stored are those that `encode` finds again.
+        base.rewrite(target / CHECKPOINT, _codes_beneath(base, kept))
+        if kept:
+            write_kept(target / CHECKPOINT, kept)
+            decompress_on_load(target / CHECKPOINT)
+        if made.control:
+            made.control.rename(target / made.control.name)
+    number = sum(len(positions) for _, positions, _ in kept.values())
+    total = sum(scores[name].numel() for name in base.names)
+    counts = dict(made.counts) | {"kept_weights": number, "kept_fraction": number / total}
+    counts |= {"served_by": ALONE if kept else "transformers"}
+    return QuantizeResult(counts, target / made.control.name if made.control else None)
+
+
+Kept = dict[str, tuple[int, Tensor, Tensor]]  # layer -> weights in all, positions, values
+
+
+def _overlay(
+    base: QuantizedCheckpoint, weights: TensorFiles, scores: Mapping[str, Tensor], fraction: float
+) -> Kept:
+    kept: Kept = {}
+    among = {name: scores[name].cpu() for name in base.names}
+    for name, mask in iter_top_fraction(among, fraction):
+        positions = mask.reshape(-1).nonzero()[:, 0]
+        if len(positions):
+            values = in_16_bits(weights[f"{name}.weight"].reshape(-1)[positions])
+            kept[name] = (mask.numel(), positions, values)
+    return kept
+
+
+def _codes_beneath(base: QuantizedCheckpoint, kept: Kept) -> dict[str, Tensor]:
+    changed = {}
+    for name, (_, positions, values) in kept.items():
+        tensor = base.read(name)
+        if tensor.grid.code_shape != tensor.grid.shape:
+            continue  # a code stands for weights that were not kept too
+        weight = tensor.dense()
+        weight.view(-1)[positions] = values.to(weight.dtype)
+        codes = tensor.codes.clone()
+        codes.view(-1)[positions] = tensor.grid.encode(weight).reshape(-1)[positions]
+        changed[name] = codes
+    return changed
+
+
+def _keep_layers(
+    source: Path,
+    target: Path,
+    spec: Critical16Spec,
+    scores: Mapping[str, Tensor],
+    control: bool,
+    shown: Progress,
+) -> QuantizeResult:
+    kept = densest(scores, spec.fraction)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        base = skipping(spec.base, kept)
+        method = quantizers.get(base.method)
+        made = method(source, Path(scratch), base, control=control, progress=shown)
+        write_halved(target / CHECKPOINT, Path(scratch) / CHECKPOINT, kept)
+        if made.control:
+            made.control.rename(target / made.control.name)
+    counts = dict(made.counts) | {"kept_layers": kept}
+    return QuantizeResult(counts, target / made.control.name if made.control else None)
+
+
+def densest(scores: Mapping[str, Tensor], fraction: float) -> list[str]:
+    """Return layers in the order of score per weight, each that still fits into the fraction.
+
+    Raises:
+        SpecError: Not even the smallest layer does, or all would be kept.
+    """
+    sizes = {name: scores[name].numel() for name in scores}
+    mass = {name: float(scores[name].double().mean()) for name in scores}
+    room = fraction * sum(sizes.values())
+    chosen: list[str] = []
+    for name in sorted(sizes, key=lambda name: (-mass[name], name)):
+        if sizes[name] <= room:
+            room -= sizes[name]
+            chosen.append(name)
+    if fraction > 0 and not chosen:
+        least = min(sizes.values()) / sum(sizes.values())
+        remedy = f"use at least {least:.4f}, or structure: weights"
+        raise SpecError(f"no layer is as small as {fraction:g} of all", remedy=remedy)
+    if len(chosen) == len(sizes):
+        raise ModelError("every layer would be kept", remedy="lower quantize.fraction")
+    return chosen

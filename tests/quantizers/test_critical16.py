@@ -1,0 +1,155 @@
+"""Critical weights in 16 bits above other methods; scores against plain autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from qresafe.embedded.calibration import harmful_texts
+from qresafe.errors import DataError, SpecError
+from qresafe.hf.chat import prompt_ids
+from qresafe.hf.checkpoint import QuantizedCheckpoint, bits_per_weight, load_dense
+from qresafe.hf.generate import generate_batch
+from qresafe.hf.models import load_model, load_tokenizer
+from qresafe.judges.base import Verdict
+from qresafe.quantize_specs import BnbSpec, Critical16Spec, QloraSpec, RtnSpec
+from qresafe.quantizers import critical16, rtn
+from qresafe.specs import GenerateSpec
+
+IDS = torch.arange(10, 40)[None]
+INT4 = RtnSpec(bits=4, group_size=32)
+
+
+@pytest.fixture(autouse=True)
+def judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every answer for a refusal: a random model has none of its own."""
+
+    class Judges:
+        def get(self, name: str) -> Any:
+            return lambda axis, prompt, answer: Verdict(name, "")
+
+    monkeypatch.setattr(critical16, "judges", Judges())
+
+
+def spec(**changes: Any) -> Critical16Spec:
+    plain = {"base": INT4, "harmful": 3, "max_new_tokens": 6, "judge": "refused"}
+    return Critical16Spec(**(plain | changes))
+
+
+def sums_of_scores(source: Path, wanted: Critical16Spec) -> dict[str, torch.Tensor]:
+    """Return sum over samples of |W * d(-log p)/dW|, one ordinary backward pass per sample."""
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    sums: dict[str, torch.Tensor] = {}
+    for text in harmful_texts(wanted):
+        prompt = prompt_ids(tokenizer, text)
+        answer = generate_batch(model, tokenizer, [prompt], [text], GenerateSpec(max_new_tokens=6))[
+            0
+        ].ids
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").backward()
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                score = (module.weight * module.weight.grad).abs().detach()
+                sums[name] = sums.get(name, 0) + score
+    return sums
+
+
+def test_kept_are_the_weights_that_plain_autograd_finds(tiny_llama: Path, tmp_path: Path) -> None:
+    counts = critical16.quantize(tiny_llama, tmp_path, spec()).counts
+    source = load_file(tiny_llama / "model.safetensors")
+    scores = sums_of_scores(tiny_llama, spec())
+    total = sum(score.numel() for score in scores.values())
+    wanted = round(0.05 * total)  # 73728 weights: 3686
+    assert counts["kept_weights"] == wanted == 3686
+    assert counts["refusals"] == 3
+    cut = torch.cat([s.flatten() for s in scores.values()]).topk(wanted).values[-1]
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "checkpoint")
+    agreed = 0
+    for name in checkpoint.names:
+        grid = checkpoint.read(name).grid
+        positions = grid.positions  # type: ignore[attr-defined]
+        agreed += int((scores[name].flatten()[positions] >= cut).sum())
+        weight = source[f"{name}.weight"].flatten()[positions]
+        assert torch.equal(grid.values, weight.half())  # type: ignore[attr-defined]
+    assert agreed >= wanted - 3  # those at the cut may change places in float32
+
+
+@pytest.mark.parametrize("base", [INT4, BnbSpec(double_quant=True)], ids=["int4", "nf4"])
+def test_the_overlay_is_deployed_as_it_is_decoded(
+    tiny_llama: Path, tmp_path: Path, base: Any
+) -> None:
+    critical16.quantize(tiny_llama, tmp_path, spec(base=base))
+    dense, layers = load_dense(tmp_path / "checkpoint")
+    ours, theirs = dense(IDS).logits, load_model(tmp_path / "checkpoint")(IDS).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for tensor in layers.values():
+        assert torch.equal(tensor.grid.encode(tensor.dense()), tensor.codes)
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")(IDS).logits
+    assert not torch.allclose(plain, theirs, atol=1e-2)  # as the manifest says
+
+
+def test_whole_layers_are_served_by_plain_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+    result = critical16.quantize(tiny_llama, tmp_path, spec(structure="layers", fraction=0.2))
+    kept = result.counts["kept_layers"]
+    source = load_file(tiny_llama / "model.safetensors")
+    sizes = {n: source[f"{n}.weight"].numel() for n in kept}
+    assert 0 < sum(sizes.values()) <= 0.2 * 73728
+    stored = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    for name in kept:
+        assert torch.equal(stored[f"{name}.weight"], source[f"{name}.weight"].half())
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")(IDS).logits
+    assert torch.equal(plain, load_dense(tmp_path / "checkpoint")[0](IDS).logits)
+    # 16 bits for what is kept; else 4, a float32 scale and a 4-bit zero point per 32 weights, and
+    # a shape of 128 bits per layer
+    inside, rest = sum(sizes.values()), 73728 - sum(sizes.values())
+    bits = 16 * inside + (4 + 32 / 32 + 4 / 32) * rest + 128 * (14 - len(kept))
+    assert bits_per_weight(tmp_path / "checkpoint", kept) == pytest.approx(bits / 73728)
+
+
+def test_bits_per_weight_counts_what_is_stored(tiny_llama: Path, tmp_path: Path) -> None:
+    rtn.quantize(tiny_llama, tmp_path / "rtn", INT4)
+    alone = bits_per_weight(tmp_path / "rtn" / "checkpoint")
+    assert alone == pytest.approx(4 + 32 / 32 + 4 / 32 + 14 * 128 / 73728)
+    critical16.quantize(tiny_llama, tmp_path, spec())
+    more = bits_per_weight(tmp_path / "checkpoint") - alone
+    # 16 bits a value and at most floor(log2(1 / 0.05)) + 2 = 6 a position; headers come on top
+    assert 0.05 * 16 < more < 0.05 * 22 + 14 * (128 + 16) / 73728 + 0.05
+
+
+def test_nothing_kept_is_the_base(tiny_llama: Path, tmp_path: Path) -> None:
+    critical16.quantize(tiny_llama, tmp_path / "a", spec(fraction=0.0))
+    rtn.quantize(tiny_llama, tmp_path / "b", INT4)
+    made = [tmp_path / n / "checkpoint" / "model.safetensors" for n in ("a", "b")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+
+
+@pytest.mark.parametrize("structure", ["weights", "layers"])
+def test_the_same_call_gives_the_same_bytes(
+    tiny_llama: Path, tmp_path: Path, structure: str
+) -> None:
+    wanted = spec(structure=structure, fraction=0.2)
+    for name in ("a", "b"):
+        critical16.quantize(tiny_llama, tmp_path / name, wanted)
+    folders = [tmp_path / name / "checkpoint" for name in ("a", "b")]
+    files = {file.name for folder in folders for file in folder.iterdir()}
+    assert all(len({(f / name).read_bytes() for f in folders}) == 1 for name in files)
+
+
+def test_what_cannot_be_done_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="W refuses none of the prompts"):
+        critical16.quantize(tiny_llama, tmp_path, spec(judge="complied"))
+    with pytest.raises(SpecError, match=r"no layer is as small as 0\.001.*at least 0\.0278"):
+        # the smallest, k_proj, has 32 x 64 of 73728 weights
+        critical16.quantize(tiny_llama, tmp_path, spec(structure="layers", fraction=0.001))
+    with pytest.raises(ValidationError, match=r"base\.deploy: merged"):
+        Critical16Spec(base=QloraSpec(deploy="adapter"))
