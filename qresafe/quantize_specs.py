@@ -69,7 +69,15 @@ class LlmQatSpec(Spec):
     seed: int = 0
 
 
+class CheckpointSpec(Spec):
+    """A quantized checkpoint that exists already, of `model` (W); nothing is quantized."""
+
+    method: Literal["checkpoint"] = "checkpoint"
+    path: Annotated[str, Field(min_length=1)]  # a folder, a .gguf file, or a hub id
+    revision: str | None = None
+
+
 QuantizeSpec = Annotated[
-    RtnSpec | BnbSpec | LlmQatSpec,
+    RtnSpec | BnbSpec | LlmQatSpec | CheckpointSpec,
     Field(discriminator="method"),
 ]

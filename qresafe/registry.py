@@ -42,6 +42,7 @@ quantizers = Registry(
         "rtn": "qresafe.quantizers.rtn:quantize",
         "bnb": "qresafe.quantizers.bnb:quantize",
         "llm_qat": "qresafe.quantizers.llm_qat:quantize",
+        "checkpoint": "qresafe.quantizers.checkpoint:quantize",
     },
 )
 
@@ -51,6 +52,10 @@ formats = Registry(
     {
         "compressed-tensors": "qresafe.hf.formats.compressed_tensors:CompressedTensors",
         "bitsandbytes": "qresafe.hf.formats.bitsandbytes:codec",
+        "gptq": "qresafe.hf.formats.gptq:Gptq",
+        "awq": "qresafe.hf.formats.awq:Awq",
+        "fp8": "qresafe.hf.formats.fp8:codec",
+        "gguf": "qresafe.hf.formats.gguf:codec",
     },
 )
 

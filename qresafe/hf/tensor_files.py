@@ -20,6 +20,7 @@ DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -122,7 +123,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 def _entry(file: str, value: dict[str, object], *, start: int, size: int) -> Entry:
     if value["dtype"] not in DTYPES:
-        # float8 and the like are left to formats that know them: never read here
+        # other 8-bit floats are left to formats that know them: never read here
         raise ValueError(f"dtype {value['dtype']} is not supported")
     dtype = DTYPES[str(value["dtype"])]
     shape = tuple(int(length) for length in value["shape"])  # type: ignore[attr-defined]

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from qresafe.core.grids import QuantizedTensor, UniformGrid
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, built_aside
-from qresafe.hf.models import CONTENT, check_folder, load_config, read_config, refuse_missing
+from qresafe.hf.models import (
+    CONTENT,
+    WEIGHTS,
+    check_folder,
+    load_config,
+    read_config,
+    refuse_missing,
+)
 from qresafe.hf.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
@@ -248,6 +255,6 @@ def _write(
 def copy_sidecars(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and generation settings; what is in `target` stays."""
     for file in source.iterdir():
-        made = (target / file.name).exists() or file.suffix == ".safetensors"
+        made = (target / file.name).exists() or file.suffix in WEIGHTS
         if file.is_file() and file.suffix in CONTENT and file.name != INDEX and not made:
             shutil.copyfile(file, target / file.name)
