@@ -40,9 +40,10 @@ class Gptq:
     def __init__(self, files: TensorFiles, config: Mapping[str, Any]) -> None:
         self._files, self._where = files, str(files.folder)
         packing = str(config.get("checkpoint_format") or config.get("format") or "gptq")
-        if packing not in ZERO_OFFSET or config.get("is_marlin_format"):
+        packing = "marlin" if config.get("is_marlin_format") else packing
+        if packing not in ZERO_OFFSET:
             remedy = f"use the checkpoint before its conversion ({', '.join(ZERO_OFFSET)})"
-            what = f"GPTQ weights are packed as {'marlin' if packing in ZERO_OFFSET else packing!r}"
+            what = f"GPTQ weights are packed as {packing!r}"
             raise ModelError(what, where=self._where, remedy=remedy)
         self._offset = ZERO_OFFSET[packing]
         self._bits, self._group_size = config.get("bits"), config.get("group_size", -1)
