@@ -58,6 +58,8 @@ def load_spec(
     where = str(source) if isinstance(source, str | Path) else "the spec"
     data, overrides = _read(source), list(overrides)
     for override in overrides:
+        _leave_other_method(data, override, kind)
+    for override in overrides:
         _set(data, override)
     try:
         return kind.model_validate(data)
@@ -107,6 +109,17 @@ def _set(data: dict[str, Any], override: str) -> None:
         node[leaf] = read_yaml(text)
     except yaml.YAMLError:
         raise SpecError(f"--set {override!r}: the value is not YAML", remedy="quote it") from None
+
+
+def _leave_other_method(data: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
+    """Drop the file's settings of one method where an override asks for another one."""
+    key, _, method = (part.strip() for part in override.partition("="))
+    held = data.get("quantize")
+    if key != "quantize.method" or not isinstance(held, dict):
+        return
+    chosen = [k for k in _kinds_at(kind, ["quantize"]) if _tag(k) == method]
+    if chosen:
+        data["quantize"] = {k: v for k, v in held.items() if k in chosen[0].model_fields}
 
 
 def _explain(

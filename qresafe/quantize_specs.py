@@ -143,6 +143,14 @@ class QloraSpec(Spec):
     seed: int = 0
 
 
+class CheckpointSpec(Spec):
+    """A quantized checkpoint that exists already, of `model` (W); nothing is quantized."""
+
+    method: Literal["checkpoint"] = "checkpoint"
+    path: Annotated[str, Field(min_length=1)]  # a folder, a .gguf file, or a hub id
+    revision: str | None = None
+
+
 BaseSpec = Annotated[
     RtnSpec | BnbSpec | LlmQatSpec | QloraSpec | GptqSpec | AwqSpec | Fp8Spec,
     Field(discriminator="method"),
@@ -173,4 +181,4 @@ class Critical16Spec(Spec):
         return self
 
 
-QuantizeSpec = Annotated[BaseSpec | Critical16Spec, Field(discriminator="method")]
+QuantizeSpec = Annotated[BaseSpec | Critical16Spec | CheckpointSpec, Field(discriminator="method")]

@@ -47,6 +47,7 @@ quantizers = Registry(
         "fp8": "qresafe.quantizers.fp8:quantize",
         "qlora": "qresafe.quantizers.qlora:quantize",
         "critical16": "qresafe.quantizers.critical16:quantize",
+        "checkpoint": "qresafe.quantizers.checkpoint:quantize",
     },
 )
 
@@ -56,6 +57,10 @@ formats = Registry(
     {
         "compressed-tensors": "qresafe.hf.formats.compressed_tensors:CompressedTensors",
         "bitsandbytes": "qresafe.hf.formats.bitsandbytes:codec",
+        "gptq": "qresafe.hf.formats.gptq:Gptq",
+        "awq": "qresafe.hf.formats.awq:Awq",
+        "fp8": "qresafe.hf.formats.fp8:codec",
+        "gguf": "qresafe.hf.formats.gguf:codec",
     },
 )
 

@@ -25,7 +25,7 @@ def local_folder(folder: str | Path | UPath) -> Path:
     source = UPath(folder)
     if is_local(source):
         return Path(str(source))
-    target = _cache() / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    target = cache_folder() / hashlib.sha256(str(source).encode()).hexdigest()[:16]
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -64,7 +64,8 @@ def copy_tree(source: UPath, target: UPath) -> None:
             shutil.copyfileobj(reader, writer, 1 << 22)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Return where folders from elsewhere are kept: under QRESAFE_CACHE, or ~/.cache/qresafe."""
     home = os.environ.get("QRESAFE_CACHE") or "~/.cache/qresafe"
     return Path(home).expanduser() / "folders"
 

@@ -21,6 +21,7 @@ from qresafe.core.grids import QuantizedTensor
 from qresafe.errors import ModelError
 from qresafe.hf.conv1d import conv1d_layers, straighten
 from qresafe.hf.formats.base import Codec
+from qresafe.hf.gguf_folder import gguf_file
 from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.overlaid import Overlays
 from qresafe.hf.tensor_files import TensorFiles
@@ -30,7 +31,7 @@ from qresafe.storage import local_folder
 
 SUPPORTED = (
     "compressed-tensors integers and FP8 (pack-quantized, int-quantized, float-quantized), "
-    "bitsandbytes NF4, FP4 and LLM.int8()"
+    "bitsandbytes NF4, FP4 and LLM.int8(), GPTQ, AWQ (gemm), GGUF Q8_0 and Q4_0"
 )
 
 
@@ -62,7 +63,7 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         if config is None:
             remedy = "quantize it first: qresafe quantize"
             raise ModelError("the model is not quantized", where=str(folder), remedy=remedy)
-        files = TensorFiles(folder)
+        files = _files(folder)
         codec = _codec(files, config)
         if not codec.layers:
             what = f"no {codec.name} layers in the weight files"
@@ -163,6 +164,14 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
             raise ModelError(what, where=where)
         if int(codes.min()) < grid.low or int(codes.max()) > grid.high:
             raise ModelError(f"a code of {name} is outside [{grid.low}, {grid.high}]", where=where)
+
+
+def _files(folder: Path) -> TensorFiles:
+    if gguf_file(folder) is None:
+        return TensorFiles(folder)
+    from qresafe.hf.formats.gguf import GgufFiles
+
+    return GgufFiles(folder)
 
 
 def _codec(files: TensorFiles, config: Any) -> Codec:

@@ -14,6 +14,8 @@ from upath import UPath
 
 from qresafe.artifacts import hash_file
 from qresafe.errors import CorruptArtifactError, ModelError
+from qresafe.hf.decoded import decoded_because, load_decoded
+from qresafe.hf.gguf_folder import check_gguf, gguf_file, is_unpacked, unpacked
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
@@ -22,7 +24,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenize
 NOT_THE_MODEL = ["*/*", "consolidated*"]  # other formats of the same weights
 KEPT = "critical16.safetensors"  # single weights in 16 bits, see `qresafe.hf.overlaid`
 ADAPTER_CONFIG = "adapter_config.json"
-CONTENT = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+WEIGHTS = (".safetensors", ".gguf")
+CONTENT = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".py")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class ModelRef:
     """A model that is present on this machine.
 
     Attributes:
-        path: Folder with config, tokenizer and safetensors.
-        name: What the user called it: "embedded", a folder, or a hub id.
+        path: Folder with config, tokenizer and safetensors, or a .gguf file in their place.
+        name: What the user called it: "embedded", a folder, a .gguf file, or a hub id.
         revision: The hub commit, for hub models; it makes `on_this_machine` repeatable.
         dtype: "auto" or a torch dtype's name.
         trust_remote_code: Whether the user allowed the model's own Python code to run.
@@ -78,11 +81,14 @@ def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
     if "://" in spec.path:
         return local_folder(spec.path), None
     path = Path(spec.path).expanduser()
+    if gguf := gguf_file(path):
+        return path.resolve() if is_unpacked(path) else unpacked(gguf), None
     if path.is_dir():
         return path.resolve(), None
     if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.exists():
+        kind = "file" if path.suffix == ".gguf" else "folder"
         remedy = "give an existing folder with config.json and *.safetensors, or a hub id"
-        raise ModelError(f"no model folder {spec.path!r}", where="model.path", remedy=remedy)
+        raise ModelError(f"no model {kind} {spec.path!r}", where="model.path", remedy=remedy)
     snapshot = _snapshot(spec.path, spec.revision)
     return snapshot, snapshot.name  # the hub cache names snapshots by commit
 
@@ -124,8 +130,11 @@ def check_folder(folder: str | Path) -> None:
     if "model_type" not in config:
         remedy = "give a transformers causal language model"
         raise ModelError("config.json names no model_type", where=str(folder), remedy=remedy)
+    if gguf := gguf_file(folder):
+        return check_gguf(gguf)
     for shard in weight_files(folder):
         _check_shard(shard)
+    return None
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -208,7 +217,8 @@ def load_model(
 ) -> Any:
     """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
 
-    Quantized checkpoints run through their own libraries. On CPUs with AVX512-BF16, bitsandbytes
+    Quantized checkpoints run through their own libraries, or, where these are not installed
+    (GPTQ, AWQ), with decoded weights and a warning. On CPUs with AVX512-BF16, bitsandbytes
     repacks 4-bit weights at the first forward pass, after which its modules must be neither
     dequantized nor saved: `qresafe.hf.checkpoint` reads codes from the files for that reason.
 
@@ -229,7 +239,10 @@ def load_model(
     folder = local_folder(path)
     check_folder(folder)
     _check_adapter(folder)
+    if reason := decoded_because(read_config(folder)):
+        return load_decoded(folder, dtype, device, reason)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
+    gguf = gguf_file(folder)
     try:
         model, loaded = kind.from_pretrained(
             folder,
@@ -238,6 +251,7 @@ def load_model(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            **({"gguf_file": gguf.name} if gguf else {}),
             **placed,
         )
     except (ValueError, ImportError, KeyError, RuntimeError) as error:

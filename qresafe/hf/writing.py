@@ -30,6 +30,7 @@ from qresafe.hf.conv1d import conv1d_layers
 from qresafe.hf.models import (
     ADAPTER_CONFIG,
     CONTENT,
+    WEIGHTS,
     check_folder,
     load_config,
     read_config,
@@ -280,7 +281,7 @@ def _write(
 def copy_sidecars(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template and generation settings; what is in `target` stays."""
     for file in source.iterdir():
-        made = (target / file.name).exists() or file.suffix == ".safetensors"
+        made = (target / file.name).exists() or file.suffix in WEIGHTS
         other = file.name in (INDEX, ADAPTER_CONFIG)  # of weights that are not copied
         if file.is_file() and file.suffix in CONTENT and not other and not made:
             shutil.copyfile(file, target / file.name)

@@ -39,7 +39,7 @@ from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.probe import Probe
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
-from qresafe.stages.quantize import quantize
+from qresafe.stages.quantize import check_ready, quantize
 from qresafe.stages.reference import reference
 from qresafe.stages.report import ReportInput, report
 from qresafe.stages.runtime import Runtime
@@ -88,6 +88,7 @@ class Experiment:
             harmful_prompts(self.prompts)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         self._check_teacher()
+        check_ready(self.spec.quantize, self.teacher)
         self.run.check()
 
     @cached_property

@@ -11,10 +11,16 @@ from upath import UPath
 from qresafe.artifacts import Artifact, Run, content_key
 from qresafe.embedded.calibration import calibration_chats, harmful_texts
 from qresafe.hf.checkpoint import bits_per_weight
+from qresafe.hf.gguf_folder import gguf_file
+from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
-from qresafe.quantize_specs import Critical16Spec, QuantizeSpec
+from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, QuantizeSpec
+from qresafe.quantizers.checkpoint import find
 from qresafe.registry import quantizers
+from qresafe.specs import ModelSpec
+from qresafe.stages.arms import require_same
+from qresafe.stages.generate import template_key
 from qresafe.storage import built_locally
 
 CODE_VERSION = 1
@@ -58,12 +64,28 @@ def quantize(
     artifact = run.stage(
         "quantize",
         spec=_key_spec(spec) | {"control": control},
-        inputs={"model": model.key} | _calibration(spec),
+        inputs={"model": model.key} | _calibration(spec) | _checkpoint(spec),
         code_version=CODE_VERSION,
         work=work,
     )
     shown.finish(reused=artifact.reused)
     return artifact
+
+
+def check_ready(spec: QuantizeSpec, model: ModelInput) -> None:
+    """Check a checkpoint that is made already: of this model, and asked by the same template.
+
+    Raises:
+        ModelError: It is missing, damaged, not quantized, or of another model than W.
+        DataError: Its chat template is not W's.
+    """
+    if not isinstance(spec, CheckpointSpec):
+        return
+    found = find(spec, Path(model.ref.on_this_machine().path))
+    own = any(Path(found.path).glob("tokenizer*")) and not gguf_file(Path(found.path))
+    if own:
+        templates = {"W": template_key(model), "Q0": template_key(ModelInput(found, ""))}
+        require_same("chat templates", templates)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -85,6 +107,15 @@ def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
 def _without_epochs(data: dict[str, Any]) -> dict[str, Any]:
     nested = {k: _without_epochs(v) if isinstance(v, dict) else v for k, v in data.items()}
     return {k: v for k, v in nested.items() if (k, v) != ("epochs", None)}
+
+
+def _checkpoint(spec: QuantizeSpec) -> dict[str, str]:
+    """Return the content of a checkpoint made elsewhere, as a stage input."""
+    if not isinstance(spec, CheckpointSpec):
+        return {}
+    return {
+        "checkpoint": ModelInput.of(resolve(ModelSpec(path=spec.path, revision=spec.revision))).key
+    }
 
 
 def _calibration(spec: QuantizeSpec) -> dict[str, str]:

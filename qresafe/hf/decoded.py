@@ -1,0 +1,42 @@
+"""Quantized models that run with decoded weights here, for want of the library that runs them."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What transformers needs for a format, beyond what is installed with qresafe.
+LIBRARIES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
+
+
+def decoded_because(config: Mapping[str, Any]) -> str | None:
+    """Return why a model with this config.json runs with decoded weights; None if as it is."""
+    quantized = config.get("quantization_config")
+    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+    needed = LIBRARIES.get(str(method), ())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    verb = "is" if len(missing) == 1 else "are"
+    return f"run with decoded weights: {' and '.join(missing)} {verb} not installed"
+
+
+def load_decoded(folder: Path, dtype: Any, device: str, reason: str) -> Any:
+    """Load a quantized model as a plain one with decoded weights, and say so once.
+
+    Args:
+        folder: A folder that `QuantizedCheckpoint.open` recognises.
+        dtype: "auto" (the checkpoint's), a torch dtype or its name.
+        device: A torch device.
+        reason: What to say.
+    """
+    import torch
+
+    from qresafe.hf.checkpoint import load_dense
+
+    warnings.warn(f"{folder.name}: {reason}", stacklevel=2)
+    wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return load_dense(folder, wanted)[0].to(device)
