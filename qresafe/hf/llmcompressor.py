@@ -16,10 +16,11 @@ from compressed_tensors.utils import patch_attr
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import built_aside
 from qresafe.hf.models import load_model
-from qresafe.hf.writing import copy_sidecars, linear_layers
+from qresafe.hf.writing import copy_sidecars, linear_layers, refuse_infinite
 from qresafe.progress import Progress
 
 Settings = Mapping[str, Any]
+NOTHING_SCALED = "No error metrics were collected"  # llm-compressor's words, as a mere warning
 
 
 def compress(
@@ -54,7 +55,7 @@ def compress(
 
     Raises:
         ResourceError: llm-compressor is not installed.
-        ModelError: It cannot quantize this model.
+        ModelError: It cannot quantize this model, or a weight is NaN or infinite.
     """
     library = _library()
     group = QuantizationScheme(
@@ -67,22 +68,31 @@ def compress(
     modifiers = _modifiers(recipe, scheme)
     with _quiet() as told:
         model = load_model(source)
-        try:
-            library.oneshot(
-                model=model,
-                processor=object(),  # nothing is left to tokenize
-                recipe=[*modifiers, _told(progress)],
-                dataset=_batches(sequences) if sequences else None,
+        for name in layers:
+            refuse_infinite(name, model.get_submodule(name).weight)
+        calibrated = _batches(sequences) if sequences else None
+        _oneshot(library, model, [*modifiers, _told(progress)], calibrated, source)
+        if any(NOTHING_SCALED in line for line in told):
+            what = (
+                "AWQ finds no layer here that could take another one's scales: it would only round"
             )
-        except (ValueError, RuntimeError) as error:
-            text = " ".join(str(error).split())[:300]
-            what = f"llm-compressor cannot quantize the model ({text})"
-            raise ModelError(what, where=str(source)) from error
+            raise ModelError(what, where=str(source), remedy="use quantize.method: gptq or rtn")
         with built_aside(target) as folder:
             model.save_pretrained(folder)
             (folder / "recipe.yaml").unlink()  # the manifest has all of it
             copy_sidecars(source, folder)
     return told
+
+
+def _oneshot(library: Any, model: Any, recipe: list[Any], batches: Any, source: Path) -> None:
+    processor = object()  # nothing is left to tokenize
+    try:
+        library.oneshot(model=model, processor=processor, recipe=recipe, dataset=batches)
+    except (ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:300]
+        what = f"llm-compressor cannot quantize the model ({text})"
+        remedy = "use quantize.method: rtn, or bnb"
+        raise ModelError(what, where=str(source), remedy=remedy) from error
 
 
 def _library() -> Any:
