@@ -73,9 +73,7 @@ def compress(
         calibrated = _batches(sequences) if sequences else None
         _oneshot(library, model, [*modifiers, _told(progress)], calibrated, source)
         if any(NOTHING_SCALED in line for line in told):
-            what = (
-                "AWQ finds no layer here that could take another one's scales: it would only round"
-            )
+            what = "AWQ finds no layer that could take another's scales, and would only round"
             raise ModelError(what, where=str(source), remedy="use quantize.method: gptq or rtn")
         with built_aside(target) as folder:
             model.save_pretrained(folder)

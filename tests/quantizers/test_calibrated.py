@@ -207,9 +207,9 @@ def test_progress_counts_layers(tiny_llama: Path, tmp_path: Path, spec: Spec) ->
 
 
 def test_a_group_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="64 inputs of .* group_size 48 .* 32 or 16 or -1"):
+    with pytest.raises(ModelError, match=r"64 inputs of .* group_size 48 .* 32 or 16 or -1"):
         quantize(tiny_llama, tmp_path, awq(group_size=48))
-    with pytest.raises(ValidationError, match="none.*static"):
+    with pytest.raises(ValidationError, match=r"none.*static"):
         gptq(act_order="group")
     assert not any(tmp_path.iterdir())
 
@@ -217,7 +217,7 @@ def test_a_group_that_does_not_fit_is_refused(tiny_llama: Path, tmp_path: Path) 
 def test_awq_that_would_only_round_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     # o_proj could take v_proj's scales, but has other widths here (grouped queries).
     others = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-    with pytest.raises(ModelError, match="would only round.*gptq or rtn"):
+    with pytest.raises(ModelError, match=r"would only round.*gptq or rtn"):
         quantize(tiny_llama, tmp_path, awq(skip=("lm_head", *others)))
     assert not any(tmp_path.iterdir())
 
@@ -230,11 +230,21 @@ def test_a_damaged_weight_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"layers\.1\.mlp\.up_proj has weights that are not finite"
-    ):
+    with pytest.raises(ModelError, match=r"1\.mlp\.up_proj has weights that are not finite"):
         quantize(source, tmp_path / "q", gptq())
     assert not (tmp_path / "q" / "checkpoint").exists()
+
+
+def test_groups_that_transformers_would_misread_are_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantize(tiny_llama, tmp_path, gptq())
+    weights = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    weights[f"{name}.weight_g_idx"] = torch.arange(64, dtype=torch.int32) % 2
+    save_file(weights, tmp_path / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"re-ordered groups \(g_idx\)"):
+        QuantizedCheckpoint.open(tmp_path / "checkpoint")
 
 
 def test_codes_that_mean_nan_are_never_written(tiny_llama: Path, tmp_path: Path) -> None:
