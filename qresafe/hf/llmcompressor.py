@@ -121,13 +121,14 @@ def _told(progress: Progress) -> Any:
     """Return a modifier that changes nothing and reports each quantized layer."""
     from llmcompressor.modifiers import Modifier
 
-    class Told(Modifier):  # type: ignore[misc]
+    class Told(Modifier):
         def on_initialize(self, state: Any, **_: Any) -> bool:
             return True
 
-        def on_sequential_epoch_end(self, state: Any, event: Any, **given: Any) -> None:
-            done = sum(hasattr(module, "quantization_scheme") for module in given["modules"])
-            progress.advance(done)
+        def on_sequential_epoch_end(
+            self, state: Any, event: Any, modules: list[Any], **_: Any
+        ) -> None:
+            progress.advance(sum(hasattr(module, "quantization_scheme") for module in modules))
 
     return Told()
 
