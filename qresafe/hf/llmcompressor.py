@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,8 @@ def _quiet() -> Iterator[list[str]]:
         stack.callback(logger.remove, sink)
         stack.enter_context(create_session())
         stack.enter_context(patch_attr(tqdm, "__init__", hidden))
+        # tracing a model for the sequential pipeline sets off a note to torch's developers
+        stack.enter_context(patch_attr(getLogger("torch.fx._symbolic_trace"), "disabled", True))
         stack.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))
         if not torch.accelerator.is_available():  # AWQ pins memory without asking for one
             nothing = patch_attr(IntermediatesCache, "pin_memory", lambda *_: None)
