@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from compressed_tensors.utils import patch_attr
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import built_aside
 from qresafe.hf.models import load_model
-from qresafe.hf.writing import copy_sidecars, linear_layers
+from qresafe.hf.writing import copy_sidecars, linear_layers, refuse_infinite
 from qresafe.progress import Progress
 
 Settings = Mapping[str, Any]
+NOTHING_SCALED = "No error metrics were collected"  # llm-compressor's words, as a mere warning
 
 
 def compress(
@@ -54,7 +56,7 @@ def compress(
 
     Raises:
         ResourceError: llm-compressor is not installed.
-        ModelError: It cannot quantize this model.
+        ModelError: It cannot quantize this model, or a weight is NaN or infinite.
     """
     library = _library()
     group = QuantizationScheme(
@@ -67,22 +69,29 @@ def compress(
     modifiers = _modifiers(recipe, scheme)
     with _quiet() as told:
         model = load_model(source)
-        try:
-            library.oneshot(
-                model=model,
-                processor=object(),  # nothing is left to tokenize
-                recipe=[*modifiers, _told(progress)],
-                dataset=_batches(sequences) if sequences else None,
-            )
-        except (ValueError, RuntimeError) as error:
-            text = " ".join(str(error).split())[:300]
-            what = f"llm-compressor cannot quantize the model ({text})"
-            raise ModelError(what, where=str(source)) from error
+        for name in layers:
+            refuse_infinite(name, model.get_submodule(name).weight)
+        calibrated = _batches(sequences) if sequences else None
+        _oneshot(library, model, [*modifiers, _told(progress)], calibrated, source)
+        if any(NOTHING_SCALED in line for line in told):
+            what = "AWQ finds no layer that could take another's scales, and would only round"
+            raise ModelError(what, where=str(source), remedy="use quantize.method: gptq or rtn")
         with built_aside(target) as folder:
             model.save_pretrained(folder)
             (folder / "recipe.yaml").unlink()  # the manifest has all of it
             copy_sidecars(source, folder)
     return told
+
+
+def _oneshot(library: Any, model: Any, recipe: list[Any], batches: Any, source: Path) -> None:
+    processor = object()  # nothing is left to tokenize
+    try:
+        library.oneshot(model=model, processor=processor, recipe=recipe, dataset=batches)
+    except (ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:300]
+        what = f"llm-compressor cannot quantize the model ({text})"
+        remedy = "use quantize.method: rtn, or bnb"
+        raise ModelError(what, where=str(source), remedy=remedy) from error
 
 
 def _library() -> Any:
@@ -113,13 +122,14 @@ def _told(progress: Progress) -> Any:
     """Return a modifier that changes nothing and reports each quantized layer."""
     from llmcompressor.modifiers import Modifier
 
-    class Told(Modifier):  # type: ignore[misc]
+    class Told(Modifier):
         def on_initialize(self, state: Any, **_: Any) -> bool:
             return True
 
-        def on_sequential_epoch_end(self, state: Any, event: Any, **given: Any) -> None:
-            done = sum(hasattr(module, "quantization_scheme") for module in given["modules"])
-            progress.advance(done)
+        def on_sequential_epoch_end(
+            self, state: Any, event: Any, modules: list[Any], **_: Any
+        ) -> None:
+            progress.advance(sum(hasattr(module, "quantization_scheme") for module in modules))
 
     return Told()
 
@@ -154,6 +164,8 @@ def _quiet() -> Iterator[list[str]]:
         stack.callback(logger.remove, sink)
         stack.enter_context(create_session())
         stack.enter_context(patch_attr(tqdm, "__init__", hidden))
+        # tracing a model for the sequential pipeline sets off a note to torch's developers
+        stack.enter_context(patch_attr(getLogger("torch.fx._symbolic_trace"), "disabled", True))
         stack.enter_context(warnings.catch_warnings(action="ignore", category=UserWarning))
         if not torch.accelerator.is_available():  # AWQ pins memory without asking for one
             nothing = patch_attr(IntermediatesCache, "pin_memory", lambda *_: None)

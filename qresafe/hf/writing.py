@@ -77,6 +77,13 @@ def linear_layers(folder: Path) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def refuse_infinite(layer: str, weight: Tensor) -> None:
+    """Raise a ModelError if `weight` holds NaN or infinity: no grid can be fitted to it."""
+    if not torch.isfinite(weight).all():
+        remedy = "use an intact copy of the model"
+        raise ModelError(f"{layer} has weights that are not finite", remedy=remedy)
+
+
 def write_quantized(
     target: Path, source: Path, quantized: Mapping[str, QuantizedTensor], scheme: Scheme
 ) -> None:

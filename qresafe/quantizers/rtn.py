@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from qresafe.core.grids import QuantizedTensor, fit_uniform
-from qresafe.errors import ModelError
 from qresafe.hf.tensor_files import TensorFiles
-from qresafe.hf.writing import Scheme, write_quantized
+from qresafe.hf.writing import Scheme, refuse_infinite, write_quantized
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, layers_to_quantize
@@ -30,9 +27,7 @@ class RoundedLayers(Mapping[str, QuantizedTensor]):
         if name not in self._names:
             raise KeyError(name)
         weight = self._files[f"{name}.weight"]
-        if not torch.isfinite(weight).all():
-            remedy = "use an intact copy of the model"
-            raise ModelError(f"{name} has weights that are not finite", remedy=remedy)
+        refuse_infinite(name, weight)
         scheme = self._scheme
         grid = fit_uniform(weight, scheme.bits, scheme.group_size, scheme.symmetric)
         self._progress.advance()

@@ -13,8 +13,9 @@ from conftest import save_tiny_tokenizer
 from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import load_dense
 from qresafe.hf.models import load_model
-from qresafe.quantize_specs import RtnSpec
+from qresafe.quantize_specs import AwqSpec, CalibrationSpec, Fp8Spec, GptqSpec, RtnSpec
 from qresafe.quantizers.rtn import quantize
+from qresafe.registry import quantizers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 262,
@@ -57,6 +58,36 @@ def test_stored_decoded_and_deployed_alike(tmp_path: Path, name: str) -> None:
     deployed = load_model(tmp_path / "checkpoint")(ids).logits
     assert torch.equal(deployed, dense(ids).logits)
     assert not torch.equal(deployed, load_model(source)(ids).logits)
+
+
+FEW: dict[str, Any] = {"calibration": CalibrationSpec(risk="I", benign=2), "max_length": 32}
+CALIBRATED = [
+    GptqSpec(bits=8, group_size=32, **FEW),
+    AwqSpec(bits=8, group_size=32, **FEW),
+    Fp8Spec(activations="none"),
+]
+
+
+@pytest.mark.parametrize("spec", CALIBRATED, ids=lambda s: s.method)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_eight_calibrated_bits_stay_near_the_model(
+    tmp_path: Path, name: str, spec: GptqSpec | AwqSpec | Fp8Spec
+) -> None:
+    settings, layers = CONFIGS[name]
+    source = save(name, settings, tmp_path / "w")
+    method = quantizers.get(spec.method)
+    if (name, spec.method) == ("GPTNeoXConfig", "awq"):
+        with pytest.raises(ModelError, match=r"cannot quantize.*use quantize\.method: rtn"):
+            method(source, tmp_path, spec)
+        return
+    assert method(source, tmp_path, spec).counts["layers"] == layers
+    dense, _ = load_dense(tmp_path / "checkpoint")
+    ids = torch.arange(10, 40)[None]
+    deployed, exact = (load_model(f)(ids).logits for f in (tmp_path / "checkpoint", source))
+    assert torch.equal(deployed, dense(ids).logits)
+    # AWQ's folded scales must cancel, also in Gemma's norms, which multiply by 1 + weight.
+    assert (deployed - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 @pytest.mark.parametrize(
