@@ -120,6 +120,7 @@ def test_the_same_call_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path, de
     for name in ("a", "b"):
         wanted = spec(base=BASES["nf4"], deploy=deploy, steps=2)
         quantize(tiny_llama, tmp_path / name, wanted, control=False)
+    quantize(tiny_llama, tmp_path / "a", wanted, control=False)  # as after a kill
     folders = [tmp_path / name / "checkpoint" for name in ("a", "b")]
     files = {file.name for folder in folders for file in folder.iterdir()}
     assert ("adapter_config.json" in files) == (deploy == "adapter")
