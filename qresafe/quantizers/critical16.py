@@ -62,6 +62,7 @@ def quantize(
     shown = progress or Silent()
     shown.start("score", len(texts), "prompts")
     refused, scores = _scored(source, names, texts, spec, shown)
+    shown.finish(f"{refused} refusals")
     counts = {"refusals": refused, "prompts": len(texts), "structure": spec.structure}
     make = _keep_weights if spec.structure == "weights" else _keep_layers
     made = make(source, target, spec, scores, control, shown)
