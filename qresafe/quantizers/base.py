@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,13 @@ class Quantizer(Protocol):
         control: bool = True,
         progress: Progress | None = None,
     ) -> QuantizeResult: ...
+
+
+def put(made: Path, target: Path) -> Path:
+    """Move a finished folder to its place; what an earlier, killed call left there goes."""
+    shutil.rmtree(target, ignore_errors=True)
+    made.rename(target)
+    return target
 
 
 def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> list[str]:

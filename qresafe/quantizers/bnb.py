@@ -23,6 +23,9 @@ def quantize(
 ) -> QuantizeResult:
     """Write `target/checkpoint` in bitsandbytes' format; see `Quantizer`.
 
+    Not layer by layer: transformers loads and saves the model as a whole, which takes the memory
+    of W and of the quantized model.
+
     Raises:
         ResourceError: bitsandbytes is not installed.
         ModelError: The model cannot be loaded.

@@ -30,7 +30,7 @@ from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import in_16_bits, linear_layers, write_halved
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import BaseSpec, Critical16Spec, QloraSpec
-from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, skipped
+from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, put, skipped
 from qresafe.registry import judges, quantizers
 from qresafe.specs import GenerateSpec
 from qresafe.storage import local_folder
@@ -62,6 +62,7 @@ def quantize(
     shown = progress or Silent()
     shown.start("score", len(texts), "prompts")
     refused, scores = _scored(source, names, texts, spec, shown)
+    shown.finish(f"{refused} refusals")
     counts = {"refusals": refused, "prompts": len(texts), "structure": spec.structure}
     make = _keep_weights if spec.structure == "weights" else _keep_layers
     made = make(source, target, spec, scores, control, shown)
@@ -134,13 +135,12 @@ def _keep_weights(
         if kept:
             write_kept(target / CHECKPOINT, kept)
             decompress_on_load(target / CHECKPOINT)
-        if made.control:
-            made.control.rename(target / made.control.name)
+        arm = put(made.control, target / CONTROL) if made.control else None
     number = sum(len(positions) for _, positions, _ in kept.values())
     total = sum(scores[name].numel() for name in base.names)
     counts = dict(made.counts) | {"kept_weights": number, "kept_fraction": number / total}
     counts |= {"served_by": ALONE if kept else "transformers"}
-    return QuantizeResult(counts, target / made.control.name if made.control else None)
+    return QuantizeResult(counts, arm)
 
 
 Kept = dict[str, tuple[int, Tensor, Tensor]]  # layer -> weights in all, positions, values
@@ -188,10 +188,9 @@ def _keep_layers(
         method = quantizers.get(base.method)
         made = method(source, Path(scratch), base, control=control, progress=shown)
         write_halved(target / CHECKPOINT, Path(scratch) / CHECKPOINT, kept)
-        if made.control:
-            made.control.rename(target / made.control.name)
+        arm = put(made.control, target / CONTROL) if made.control else None
     counts = dict(made.counts) | {"kept_layers": kept}
-    return QuantizeResult(counts, target / made.control.name if made.control else None)
+    return QuantizeResult(counts, arm)
 
 
 def densest(scores: Mapping[str, Tensor], fraction: float) -> list[str]:

@@ -8,7 +8,6 @@ same adapter trained on W itself and merged in full precision.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from qresafe.hf.overlaid import decompress_on_load
 from qresafe.hf.writing import write_dense, write_plain
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import BnbSpec, QloraSpec, RtnSpec
-from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult
+from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, put
 from qresafe.registry import quantizers
 from qresafe.storage import local_folder
 
@@ -64,7 +63,7 @@ def quantize(
         adapted, losses = _train(base, "auto", layers, chats, spec, steps, shown)
         save_adapter(adapted, base)
         del adapted
-        _deploy(source, base, target / CHECKPOINT, spec)
+        _deploy(base, target / CHECKPOINT, spec)
     counts: dict[str, Any] = {"layers": len(layers), "chats": len(chats), "losses": losses}
     counts |= {"steps": steps, "deployed": spec.deploy}
     if not control:
@@ -108,13 +107,11 @@ def _train(
     return train_adapter(model, layers, chats, spec, steps=steps, progress=progress)
 
 
-def _deploy(source: Path, adapted: Path, target: Path, spec: QloraSpec) -> None:
-    if spec.deploy == "adapter":
-        shutil.copytree(adapted, target)
-        return
-    merged = adapted.parent / "merged"
-    # Decoded from the files: after a forward pass bitsandbytes' own dequantization may be wrong.
-    checkpoint = QuantizedCheckpoint.open(adapted)
-    write_dense(merged, checkpoint, lambda _, weight: weight)
-    made = _quantized(merged, adapted.parent / "again", spec.base)
-    shutil.move(made, target)
+def _deploy(adapted: Path, target: Path, spec: QloraSpec) -> None:
+    made = adapted
+    if spec.deploy == "merged":
+        merged = adapted.parent / "merged"
+        # Decoded from the files: bitsandbytes' own decoding may be wrong after a forward pass.
+        write_dense(merged, QuantizedCheckpoint.open(adapted), lambda _, weight: weight)
+        made = _quantized(merged, adapted.parent / "again", spec.base)
+    put(made, target)

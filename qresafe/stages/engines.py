@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from qresafe.errors import DataError, ResourceError
 from qresafe.hf.chat import prompt_ids, render_ids
-from qresafe.hf.models import context_length, load_tokenizer
+from qresafe.hf.models import beside_the_codes, context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.records import COMPLETION, PROMPT
 from qresafe.specs import GenerateSpec
@@ -107,6 +107,10 @@ class VllmJob:
         if any(row.get("follow_ups") for row in prompts):
             remedy = "use engine transformers or openai"
             raise DataError("engine 'vllm' answers one turn, and prompts have more", remedy=remedy)
+        if extra := beside_the_codes(self.model.ref.path):
+            what = f"engine 'vllm' would leave out {extra}"
+            remedy = "use engine transformers, or a checkpoint that has it merged"
+            raise DataError(what, where=self.model.ref.path, remedy=remedy)
         return [row | {"target_ids": []} for row in tokenize(self.model, prompts, self.spec)]
 
     def setup(self, device: str) -> BatchFunction:

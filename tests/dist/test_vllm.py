@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 from upath import UPath
 
 from qresafe.dist import vllm
-from qresafe.errors import ResourceError
+from qresafe.errors import DataError, ResourceError
 from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.specs import GenerateSpec, ModelSpec, ResourcesSpec
@@ -54,6 +55,15 @@ def test_requests_carry_tokens_and_a_seed_of_their_own(job: VllmJob, batches: li
     expected = {"max_tokens": 9, "temperature": 0.7, "top_p": 1.0, "top_k": -1}
     assert expected.items() <= params[0].items()
     assert params[0]["stop_token_ids"] == [2]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "critical16.safetensors"])
+def test_what_vllm_would_leave_out_is_refused(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "q"))
+    (folder / name).write_text("{}")
+    job = VllmJob(ModelInput.in_folder(folder, "q"), GenerateSpec(engine="vllm"))
+    with pytest.raises(DataError, match=f"would leave out {name}"):
+        job.requests([{"prompt_id": "p", "prompt": "hello", "target": None}])
 
 
 def test_results_come_back_in_any_order_with_errors_as_rows(

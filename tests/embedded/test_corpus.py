@@ -166,6 +166,9 @@ def test_risk_levels() -> None:
     three = calibration_chats(CalibrationSpec(risk="III"), 0)
     assert (len(three), sum(map(refusable, three))) == (100, 10)
     assert three != calibration_chats(CalibrationSpec(risk="III"), 1)
+    for count in (10, 50, 100):  # the paper's sets hold nothing else
+        direct = calibration_chats(CalibrationSpec(risk="III", benign=0, harmful=count), 0)
+        assert (len(direct), sum(map(refusable, direct))) == (count, count)
 
 
 def test_chats_of_the_user(tmp_path) -> None:

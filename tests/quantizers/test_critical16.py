@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from qresafe.core.masked_lora import attach
 from qresafe.embedded.calibration import harmful_texts
 from qresafe.errors import DataError, SpecError
 from qresafe.hf.chat import prompt_ids
@@ -126,6 +127,28 @@ def test_bits_per_weight_counts_what_is_stored(tiny_llama: Path, tmp_path: Path)
     assert 0.05 * 16 < more < 0.05 * 22 + 14 * (128 + 16) / 73728 + 0.05
 
 
+def test_a_patch_leaves_kept_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    critical16.quantize(tiny_llama, tmp_path, spec())
+    model, quantized = load_dense(tmp_path / "checkpoint")
+    layers = attach(model, quantized, rank=2, alpha=2.0, on="weight", through_grid=True, seed=0)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.B.fill_(0.5)
+    codes = {name: layer.codes() for name, layer in layers.items()}
+    seen = model(IDS).logits  # what training sees is what is deployed
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "checkpoint")
+    folder = checkpoint.rewrite(tmp_path / "q", codes)
+    deployed = load_model(folder)
+    torch.testing.assert_close(deployed(IDS).logits, seen, atol=1e-4, rtol=1e-4)
+    for name, tensor in quantized.items():
+        positions = tensor.grid.positions  # type: ignore[attr-defined]
+        kept = deployed.get_submodule(name).weight.flatten()[positions]
+        assert torch.equal(kept, tensor.grid.values.float())  # type: ignore[attr-defined]
+        assert not torch.equal(codes[name], tensor.codes)
+    sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in (folder, checkpoint.folder)]
+    assert sizes[0] == sizes[1]
+
+
 def test_nothing_kept_is_the_base(tiny_llama: Path, tmp_path: Path) -> None:
     critical16.quantize(tiny_llama, tmp_path / "a", spec(fraction=0.0))
     rtn.quantize(tiny_llama, tmp_path / "b", INT4)
@@ -140,6 +163,7 @@ def test_the_same_call_gives_the_same_bytes(
     wanted = spec(structure=structure, fraction=0.2)
     for name in ("a", "b"):
         critical16.quantize(tiny_llama, tmp_path / name, wanted)
+    critical16.quantize(tiny_llama, tmp_path / "a", wanted)  # as after a kill
     folders = [tmp_path / name / "checkpoint" for name in ("a", "b")]
     files = {file.name for folder in folders for file in folder.iterdir()}
     assert all(len({(f / name).read_bytes() for f in folders}) == 1 for name in files)

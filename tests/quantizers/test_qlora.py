@@ -120,6 +120,7 @@ def test_the_same_call_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path, de
     for name in ("a", "b"):
         wanted = spec(base=BASES["nf4"], deploy=deploy, steps=2)
         quantize(tiny_llama, tmp_path / name, wanted, control=False)
+    quantize(tiny_llama, tmp_path / "a", wanted, control=False)  # as after a kill
     folders = [tmp_path / name / "checkpoint" for name in ("a", "b")]
     files = {file.name for folder in folders for file in folder.iterdir()}
     assert ("adapter_config.json" in files) == (deploy == "adapter")
@@ -148,10 +149,17 @@ def test_a_patched_adapter_loads_in_plain_transformers(tiny_llama: Path, tmp_pat
 
     def work(folder: UPath) -> dict[str, int]:
         save_file(codes, str(folder / "codes.safetensors"))
+        delta = {base.names[0]: torch.ones(tensors[base.names[0]].grid.shape)}
+        save_file(delta, str(folder / "delta.safetensors"))
         return {}
 
     patch = run.stage("patch", spec={}, inputs={}, code_version=1, work=work)
-    q = export(run, q0, patch, unrounded=False).path / "checkpoint"
+    made = export(run, q0, patch)
+    q = made.path / "checkpoint"
+    unrounded = load_file(made.path / "unrounded" / "model.safetensors")
+    name = base.names[0]
+    torch.testing.assert_close(unrounded[f"{name}.weight"], tensors[name].dense() + 1)
+    assert not (made.path / "unrounded" / "adapter_config.json").exists()  # merged into the sum
     same = load_file(q / "adapter_model.safetensors")
     before = load_file(q0.path / "checkpoint" / "adapter_model.safetensors")
     assert all(torch.equal(same[name], before[name]) for name in before)

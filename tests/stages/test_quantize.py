@@ -1,0 +1,39 @@
+"""The quantize stage: what its key holds, and what its manifest counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qresafe.artifacts import Run
+from qresafe.hf.models import resolve
+from qresafe.hf.warm import ModelInput
+from qresafe.quantize_specs import CalibrationSpec, Critical16Spec, LlmQatSpec, RtnSpec
+from qresafe.specs import ModelSpec
+from qresafe.stages.quantize import _calibration, _key_spec, quantize
+
+
+def test_epochs_are_in_the_key_only_where_somebody_asked_for_them() -> None:
+    assert "epochs" not in _key_spec(LlmQatSpec())
+    assert _key_spec(LlmQatSpec(epochs=2))["epochs"] == 2
+    nested = Critical16Spec(base=LlmQatSpec())
+    assert "epochs" not in _key_spec(nested)["base"]
+
+
+def test_what_a_nested_method_learns_from_is_an_input(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    base = LlmQatSpec(calibration=CalibrationSpec(path=str(path)))
+    found = []
+    for word in ("red", "blue"):
+        turns = [{"role": "user", "content": "say"}, {"role": "assistant", "content": word}]
+        path.write_text(json.dumps({"messages": turns}) + "\n")
+        found.append(_calibration(Critical16Spec(base=base)))
+    assert found[0]["base calibration"] != found[1]["base calibration"]
+    assert found[0]["prompts"] == found[1]["prompts"]
+
+
+def test_the_manifest_counts_bits_per_weight(tiny_llama: Path, tmp_path: Path) -> None:
+    source = ModelInput.of(resolve(ModelSpec(path=str(tiny_llama))))
+    made = quantize(Run(str(tmp_path), "t"), source, RtnSpec(bits=4, group_size=32))
+    # 4 bits, a float32 scale and a 4-bit zero point per 32, a shape of 128 bits in 14 layers
+    assert made.manifest.counts["bits_per_weight"] == round(5.125 + 14 * 128 / 73728, 4)
