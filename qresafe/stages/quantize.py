@@ -62,7 +62,7 @@ def quantize(
 
     artifact = run.stage(
         "quantize",
-        spec=spec.model_dump(mode="json") | {"control": control},
+        spec=_settings(spec) | {"control": control},
         inputs={"model": model.key} | _calibration(spec) | _checkpoint(spec),
         code_version=CODE_VERSION,
         work=work,
@@ -92,13 +92,18 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
+def _settings(spec: QuantizeSpec) -> dict[str, Any]:
+    """Return what of a spec decides the result: of a finished checkpoint its content, no path."""
+    elsewhere = {"path", "revision"} if isinstance(spec, CheckpointSpec) else set()
+    return spec.model_dump(mode="json", exclude=elsewhere)
+
+
 def _checkpoint(spec: QuantizeSpec) -> dict[str, str]:
     """Return the content of a checkpoint made elsewhere, as a stage input."""
     if not isinstance(spec, CheckpointSpec):
         return {}
-    return {
-        "checkpoint": ModelInput.of(resolve(ModelSpec(path=spec.path, revision=spec.revision))).key
-    }
+    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision))
+    return {"checkpoint": ModelInput.of(ref).key}
 
 
 def _calibration(spec: QuantizeSpec) -> dict[str, str]:

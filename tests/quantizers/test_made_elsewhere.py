@@ -119,6 +119,13 @@ def test_what_is_not_w_quantized_is_refused(teacher: ModelInput, tmp_path: Path)
     MAKERS["q4_0.gguf"](tmp_path / "large.gguf", tmp_path / "w")
     refused(tmp_path / "large.gguf", "hidden_size is 128, not 64")
     write_awq(tmp_path / "q", Path(teacher.ref.path))
+    config = tmp_path / "q" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"gemm"', '"gemv"'))
+    refused(tmp_path / "q", "version 'gemv'")
+    config.write_text(whole.replace('"awq"', '"exl2"'))
+    refused(tmp_path / "q", "'exl2' is not supported")
+    config.write_text(whole)
     template = tmp_path / "q" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     refused(tmp_path / "q", "chat templates", DataError)
