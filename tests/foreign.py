@@ -127,19 +127,25 @@ def write_awq(target: Path, source: Path, *, group: int = 32) -> dict[str, Tenso
     )
 
 
-def write_gguf(target: Path, source: Path, blocks: Callable[[np.ndarray], tuple[Any, Any]]) -> None:
-    """Write a Llama as a .gguf file, as llama.cpp's convert_hf_to_gguf.py lays it out.
+def write_gguf(
+    target: Path,
+    source: Path,
+    blocks: Callable[[np.ndarray], tuple[Any, Any]],
+    architecture: str = "llama",
+) -> None:
+    """Write a model as a .gguf file, as llama.cpp's convert_hf_to_gguf.py lays it out.
 
     Args:
         target: The file.
-        source: A Llama's folder.
+        source: The model's folder.
         blocks: Given a float32 matrix, returns (uint8 blocks, ggml type), or (floats, None).
+        architecture: llama.cpp's name of it; one that needs no more metadata than a Llama.
     """
     import gguf
 
     config = json.loads((source / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, architecture)
     writer.add_name("tiny")
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -150,16 +156,23 @@ def write_gguf(target: Path, source: Path, blocks: Callable[[np.ndarray], tuple[
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     add_vocabulary(writer, source, config["vocab_size"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"]
+    )
     for name, tensor in TensorFiles(source).items():
         values = tensor.float().numpy()
         for part, count in (("q_proj", heads), ("k_proj", kv_heads)):
-            if part in name:  # from two halves of a head (transformers) to pairs (llama.cpp)
+            if (
+                architecture == "llama" and part in name
+            ):  # from two halves of a head (transformers) to pairs (llama.cpp)
                 halves = values.reshape(count, 2, len(values) // count // 2, -1)
                 values = halves.swapaxes(1, 2).reshape(values.shape)
         data, kind = blocks(values) if values.ndim == 2 else (values, None)
-        stored = names.get_name(name, try_suffixes=(".weight",))
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(stored, np.ascontiguousarray(data), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

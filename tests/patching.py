@@ -8,12 +8,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
+from upath import UPath
 
 from qresafe import records
+from qresafe.artifacts import Artifact, Run
 from qresafe.core.grids import QuantizedTensor, fit_uniform
 from qresafe.specs import PatchSpec
 from qresafe.stages.patch_data import Pool
 from qresafe.stages.patch_loop import PatchInputs
+from qresafe.stages.runtime import write_table
 
 VOCABULARY = 64
 
@@ -113,3 +116,31 @@ def patch_inputs(spec: PatchSpec, seed: int = 0) -> PatchInputs:
     quantized = quantize_in_place(model)
     pairs = random_pairs(seed=seed)
     return PatchInputs(model, quantized, Pool(pairs, reference_of(pairs), spec.objective))
+
+
+def made_pairs(run: Run, preferences: int = 4) -> Artifact:
+    """Return a finished `pairs` stage of random tokens: preferences and four anchors."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(preferences + 4):
+        rows.append(
+            dict.fromkeys(records.PAIR.names)
+            | {
+                "prompt_id": f"p{index}",
+                "kind": "harmful" if index < preferences else "benign",
+                "prompt": "x",
+                "chosen": "w",
+                "rejected": "l",
+                "preference": index < preferences,
+                "prompt_ids": draw.integers(6, 200, 5 + index).tolist(),
+                "chosen_ids": draw.integers(6, 200, 7).tolist(),
+                "rejected_ids": draw.integers(6, 200, 4 + index).tolist(),
+            }
+        )
+    table = pa.Table.from_pylist(rows, records.PAIR)
+
+    def work(folder: UPath) -> dict[str, Any]:
+        write_table(folder / "pairs.parquet", table)
+        return {}
+
+    return run.stage("pairs", spec={"n": preferences}, inputs={}, code_version=1, work=work)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,6 @@ def _write_tokenizer(folder: Path, file: Path) -> None:
     """Write the file's own tokenizer, if it has one that transformers can make."""
     from transformers import AutoTokenizer
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except Exception:  # a file without vocabulary; W's tokenizer may stand in

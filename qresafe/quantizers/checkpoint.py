@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.decoded import decoded_because
 from qresafe.hf.gguf_folder import gguf_file
-from qresafe.hf.models import ModelRef, read_config, resolve
+from qresafe.hf.models import CONTENT, ModelRef, read_config, resolve
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import copy_sidecars
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import CheckpointSpec
 from qresafe.quantizers.base import CHECKPOINT, QuantizeResult
+from qresafe.registry import formats
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
@@ -54,11 +56,12 @@ def quantize(
     made.mkdir()
     own = gguf_file(found) is None
     for file in sorted(found.iterdir()):
-        if file.is_file() and (own or file.suffix == ".gguf" or file.name == "config.json"):
+        wanted = file.suffix in CONTENT if own else file.suffix == ".gguf"
+        if file.is_file() and (wanted or file.name == "config.json"):
             _link(file.resolve(), made / file.name)
     if not own or not any(made.glob("tokenizer*")):
         copy_sidecars(source, made)
-    counts = _counts(made)
+    counts = {"source": spec.path} | _counts(made)
     shown.advance(note=str(counts.get("runs") or ""))
     return QuantizeResult(counts)
 
@@ -77,17 +80,25 @@ def find(spec: CheckpointSpec, source: Path) -> ModelRef:
     if "quantization_config" not in config:
         remedy = "give it as model.path, and a method that quantizes it"
         raise ModelError("the model is not quantized", where=spec.path, remedy=remedy)
-    for key in SAME:
+    gguf = gguf_file(Path(ref.path)) is not None
+    for key in SAME[gguf:]:  # llama.cpp calls several architectures "llama"
         theirs, ours = config.get(key), full.get(key)
         if None not in (theirs, ours) and theirs != ours:
             raise _other(spec, f"its {key} is {theirs}, not {ours}")
-    _check_shapes(spec, Path(ref.path), source)
+    if not gguf:  # all of whose shapes follow from the config that it carries
+        _check_shapes(spec, Path(ref.path), source)
+    if _must_be_read(config):
+        QuantizedCheckpoint.open(ref.path)
     return ref
 
 
+def _must_be_read(config: Mapping[str, Any]) -> bool:
+    """Return whether a model runs only if its codes can be read: no library here runs it."""
+    method = dict(config["quantization_config"]).get("quant_method")
+    return method not in formats.names or decoded_because(config) is not None
+
+
 def _check_shapes(spec: CheckpointSpec, found: Path, source: Path) -> None:
-    if gguf_file(found):  # all of its shapes follow from the config that it carries
-        return
     theirs, ours = TensorFiles(found), TensorFiles(source)
     for name in theirs:
         packed = not theirs.entries[name].dtype.is_floating_point

@@ -16,13 +16,13 @@ import pyarrow as pa
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.errors import SpecError, nearest
+from qresafe.errors import ModelError, SpecError, nearest
 from qresafe.hf.chat import prompt_ids
 from qresafe.hf.models import load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.registry import judges, quantizers
-from qresafe.specs import AttackSpec, ExperimentSpec, GenerateSpec, TeacherSpec
+from qresafe.specs import AttackSpec, ExperimentSpec
 from qresafe.stages.arms import ADAPTER, CONTROL, Q0, Q, W
 from qresafe.stages.attack import attack, harmful_prompts
 from qresafe.stages.attack_grid import cells
@@ -30,6 +30,7 @@ from qresafe.stages.attack_result import attack_result
 from qresafe.stages.compare import compare
 from qresafe.stages.comparison import Contamination
 from qresafe.stages.contamination import decontaminate
+from qresafe.stages.decoding import calibration_decoding, teacher_decoding
 from qresafe.stages.endpoint import check_endpoint
 from qresafe.stages.export import export
 from qresafe.stages.generate import check_prompts, generate
@@ -157,6 +158,8 @@ class Experiment:
             absent.add(CONTROL)
         if not self.spec.evaluate.adapter:
             absent.add(ADAPTER)
+        if self.not_patchable:
+            absent |= {Q, ADAPTER}
         return tuple(arm for arm in ARMS if arm not in absent)
 
     def model(self, arm: str) -> ModelInput:
@@ -185,6 +188,11 @@ class Experiment:
             check=self.runtime.check,
         )
         return self._note("quantize", made)
+
+    @property
+    def not_patchable(self) -> str:
+        """Why Q0 can only be assessed (a checkpoint made elsewhere); empty if it can be patched."""
+        return str(self.quantized.manifest.counts.get("not_patchable", ""))
 
     @cached_property
     def pairs(self) -> Artifact:
@@ -220,6 +228,8 @@ class Experiment:
     @cached_property
     def patched(self) -> Artifact:
         """The trained factors, masks, codes and history."""
+        if self.not_patchable:
+            raise ModelError(self.not_patchable)
         made = patch(
             self.run,
             q0=self.model(Q0),
@@ -251,7 +261,9 @@ class Experiment:
             label=arm if on == EVALUATION else f"{arm} on {on}",
             model=self.model(arm),
             prompts=self.prompts if on == EVALUATION else self.calibration,
-            spec=self._generation(on),
+            spec=self.spec.evaluate.generate
+            if on == EVALUATION
+            else calibration_decoding(self.spec),
             runtime=self.runtime,
             progress=self.progress,
         )
@@ -315,12 +327,13 @@ class Experiment:
     @cached_property
     def comparison(self) -> Artifact:
         """Rates, intervals and paired flips of all arms."""
+        tried = [a for a in ATTACKED if a in self.arms] if self.spec.evaluate.attack else []
         made = compare(
             self.run,
             self.measured,
             self.progress,
             contamination=self.contamination,
-            attacks=[self.attacked(arm) for arm in ATTACKED] if self.spec.evaluate.attack else [],
+            attacks=[self.attacked(arm) for arm in tried],
         )
         return self._note("compare", made)
 
@@ -332,8 +345,8 @@ class Experiment:
             spec=self.spec.model_dump(mode="json"),
             comparison=comparison,
             arms=self.measured,
-            patch=self.patched,
-            export=self.exported,
+            patch=None if self.not_patchable else self.patched,
+            export=None if self.not_patchable else self.exported,
             session_seconds=self.runtime.startup_seconds,
             stages=tuple(self.stages),
         )
@@ -348,18 +361,11 @@ class Experiment:
             label=f"teacher on {CALIBRATION}",
             model=self.answerer,
             prompts=self.calibration,
-            spec=self._teacher_generation(self.spec.pairs.teacher),
+            spec=teacher_decoding(self.spec, self.spec.pairs.teacher),
             runtime=self.runtime,
             progress=self.progress,
         )
         return self._note(f"generate teacher {CALIBRATION}", made)
-
-    def _teacher_generation(self, teacher: TeacherSpec) -> GenerateSpec:
-        spec = self._generation(CALIBRATION).model_dump() | {"system_prompt": teacher.system_prompt}
-        if teacher.endpoint:
-            server = {"endpoint": teacher.endpoint, "endpoint_model": teacher.endpoint_model}
-            spec |= {"engine": "openai"} | server
-        return GenerateSpec.model_validate(spec)
 
     def _check_teacher(self) -> None:
         teacher, patch = self.spec.pairs.teacher, self.spec.patch
@@ -368,24 +374,13 @@ class Experiment:
             remedy = "set patch.objective={nll: 1, anchor: 1, kl: 0}, or another teacher"
             raise SpecError(what, where="pairs.teacher", remedy=remedy)
         if teacher and teacher.endpoint:
-            check_endpoint(self._teacher_generation(teacher))
+            check_endpoint(teacher_decoding(self.spec, teacher))
 
     def _require_own_answers(self, arm: str) -> None:
         if arm != W and self.spec.evaluate.generate.engine == "openai":
             what = f"engine 'openai' asks its endpoint, so {arm} would not be what answers"
             remedy = "use engine transformers or vllm; `generate --arm W` may ask an endpoint"
             raise SpecError(what, where="evaluate.generate", remedy=remedy)
-
-    def _generation(self, on: str) -> GenerateSpec:
-        """Calibration answers are greedy, whatever the evaluation's decoding is."""
-        asked = self.spec.evaluate.generate
-        if on == EVALUATION:
-            return asked
-        return GenerateSpec(
-            engine=asked.engine if asked.engine != "openai" else "transformers",
-            max_new_tokens=self.spec.pairs.max_new_tokens,
-            batch_size=asked.batch_size,
-        )
 
     def _note(self, name: str, artifact: Artifact) -> Artifact:
         if all(artifact.path != other.path for _, other in self.stages):

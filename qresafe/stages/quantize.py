@@ -99,8 +99,13 @@ def _sizes(checkpoint: Path, counts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
-    """Return the part of a spec that the bits depend on; epochs that nobody asked for do not."""
-    data: dict[str, Any] = spec.model_dump(mode="json")
+    """Return what of a spec decides the bits.
+
+    Epochs that nobody asked for do not, nor does where a finished checkpoint lies: its content is
+    an input.
+    """
+    elsewhere = {"path", "revision"} if isinstance(spec, CheckpointSpec) else set()
+    data: dict[str, Any] = spec.model_dump(mode="json", exclude=elsewhere)
     return _without_epochs(data)
 
 
@@ -113,9 +118,8 @@ def _checkpoint(spec: QuantizeSpec) -> dict[str, str]:
     """Return the content of a checkpoint made elsewhere, as a stage input."""
     if not isinstance(spec, CheckpointSpec):
         return {}
-    return {
-        "checkpoint": ModelInput.of(resolve(ModelSpec(path=spec.path, revision=spec.revision))).key
-    }
+    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision))
+    return {"checkpoint": ModelInput.of(ref).key}
 
 
 def _calibration(spec: QuantizeSpec) -> dict[str, str]:

@@ -144,9 +144,9 @@ def test_a_plain_model_and_a_foreign_format_are_named(q0: Path, tiny_llama: Path
     with pytest.raises(ModelError, match="not quantized"):
         QuantizedCheckpoint.open(tiny_llama)
     config = json.loads((q0 / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq"}
+    config["quantization_config"] = {"quant_method": "exl2"}
     (q0 / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"'awq' is not supported.*compressed-tensors"):
+    with pytest.raises(ModelError, match=r"'exl2' is not supported.*compressed-tensors"):
         QuantizedCheckpoint.open(q0)
 
 

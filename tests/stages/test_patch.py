@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
-from patching import patch_spec
+from patching import made_pairs, patch_spec
 from upath import UPath
 
-from qresafe import records
-from qresafe.artifacts import Artifact, Run
+from qresafe.artifacts import Run
 from qresafe.errors import DataError
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Silent
@@ -23,7 +19,7 @@ from qresafe.quantizers.rtn import quantize
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.patch_output import read_tensors
 from qresafe.stages.reference import reference
-from qresafe.stages.runtime import InProcessRuntime, read_table, write_table
+from qresafe.stages.runtime import InProcessRuntime, read_table
 
 OPTIONS = {"runtime": InProcessRuntime(), "progress": Silent()}
 
@@ -33,33 +29,6 @@ def q0(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelInput
     folder = tmp_path_factory.mktemp("q0")
     quantize(tiny_llama, folder, RtnSpec(group_size=16))
     return ModelInput.in_folder(folder / "checkpoint", "q0")
-
-
-def made_pairs(run: Run, preferences: int = 4) -> Artifact:
-    draw = np.random.default_rng(0)
-    rows = []
-    for index in range(preferences + 4):
-        rows.append(
-            dict.fromkeys(records.PAIR.names)
-            | {
-                "prompt_id": f"p{index}",
-                "kind": "harmful" if index < preferences else "benign",
-                "prompt": "x",
-                "chosen": "w",
-                "rejected": "l",
-                "preference": index < preferences,
-                "prompt_ids": draw.integers(6, 200, 5 + index).tolist(),
-                "chosen_ids": draw.integers(6, 200, 7).tolist(),
-                "rejected_ids": draw.integers(6, 200, 4 + index).tolist(),
-            }
-        )
-    table = pa.Table.from_pylist(rows, records.PAIR)
-
-    def work(folder: UPath) -> dict[str, Any]:
-        write_table(folder / "pairs.parquet", table)
-        return {}
-
-    return run.stage("pairs", spec={"n": preferences}, inputs={}, code_version=1, work=work)
 
 
 def test_reference_then_patch_from_disk(q0: ModelInput, tmp_path: Path) -> None:

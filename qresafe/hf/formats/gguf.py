@@ -64,6 +64,11 @@ class GgufFiles(TensorFiles):
         rows = np.arange(self._stored[self._names[name]].data.shape[0], dtype=np.float32)
         return torch.from_numpy(self._processed(rows[:, None], self._names[name])[:, 0]).long()
 
+    @property
+    def kinds(self) -> list[str]:
+        """The block types in the file, sorted."""
+        return sorted({stored.tensor_type.name for stored in self._stored.values()} - {"F32"})
+
     @cached_property
     def config(self) -> Any:
         return gguf_config(self.file)
@@ -131,8 +136,7 @@ class Gguf:
     def __init__(self, files: GgufFiles) -> None:
         self._files = files
         if not files.quantized:
-            kinds = sorted({s.tensor_type.name for s in files._stored.values()} - {"F32", "F16"})
-            what = f"GGUF weights in {', '.join(kinds)} can be assessed, not patched"
+            what = f"GGUF weights in {', '.join(files.kinds)} can be assessed, not patched"
             raise ModelError(what, where=str(files.file), remedy=f"use {' or '.join(BITS)}")
 
     @property
@@ -170,8 +174,13 @@ class Gguf:
 
 
 def codec(files: TensorFiles, config: Mapping[str, Any]) -> Gguf:
-    """Return the codec of an opened .gguf file."""
-    assert isinstance(files, GgufFiles)
+    """Return the codec of an opened .gguf file.
+
+    Raises:
+        ModelError: The folder holds something else, or no layer that can be patched.
+    """
+    if not isinstance(files, GgufFiles):
+        raise ModelError("config.json says GGUF, but there is no .gguf", where=str(files.folder))
     return Gguf(files)
 
 
