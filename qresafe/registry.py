@@ -42,6 +42,7 @@ quantizers = Registry(
         "rtn": "qresafe.quantizers.rtn:quantize",
         "bnb": "qresafe.quantizers.bnb:quantize",
         "llm_qat": "qresafe.quantizers.llm_qat:quantize",
+        "aqlm": "qresafe.quantizers.aqlm:quantize",
     },
 )
 
@@ -51,6 +52,7 @@ formats = Registry(
     {
         "compressed-tensors": "qresafe.hf.formats.compressed_tensors:CompressedTensors",
         "bitsandbytes": "qresafe.hf.formats.bitsandbytes:codec",
+        "aqlm": "qresafe.hf.formats.aqlm:Aqlm",
     },
 )
 

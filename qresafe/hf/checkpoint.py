@@ -27,7 +27,7 @@ from qresafe.storage import local_folder
 
 SUPPORTED = (
     "compressed-tensors integer weights (pack-quantized, int-quantized), "
-    "bitsandbytes NF4, FP4 and LLM.int8()"
+    "bitsandbytes NF4, FP4 and LLM.int8(), AQLM"
 )
 
 

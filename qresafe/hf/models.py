@@ -14,6 +14,7 @@ from upath import UPath
 
 from qresafe.artifacts import hash_file
 from qresafe.errors import CorruptArtifactError, ModelError
+from qresafe.hf.numba_threads import dtype_for
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
@@ -206,7 +207,8 @@ def load_model(
 ) -> Any:
     """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
 
-    Quantized checkpoints run through their own libraries. On CPUs with AVX512-BF16, bitsandbytes
+    Quantized checkpoints run through their own libraries; AQLM on a CPU in float32 and one numba
+    thread, see `qresafe.hf.numba_threads`. On CPUs with AVX512-BF16, bitsandbytes
     repacks 4-bit weights at the first forward pass, after which its modules must be neither
     dequantized nor saved: `qresafe.hf.checkpoint` reads codes from the files for that reason.
 
@@ -226,6 +228,7 @@ def load_model(
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     folder = local_folder(path)
     check_folder(folder)
+    dtype = dtype_for(read_config(folder), device, dtype)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     try:
         model, loaded = kind.from_pretrained(
