@@ -14,7 +14,7 @@ from upath import UPath
 
 from qresafe.artifacts import hash_file
 from qresafe.errors import CorruptArtifactError, ModelError
-from qresafe.hf.numba_threads import dtype_for
+from qresafe.hf.numba_threads import hold_to_one_thread, runs_on_numba
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
@@ -221,6 +221,7 @@ def load_model(
 
     Raises:
         ModelError: transformers cannot load it, or would fill missing weights at random.
+        ResourceError: An AQLM model is to run on a CPU, and numba is missing.
         CorruptArtifactError: A weight file is damaged.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -228,12 +229,12 @@ def load_model(
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     folder = local_folder(path)
     check_folder(folder)
-    dtype = dtype_for(read_config(folder), device, dtype)
+    on_numba = runs_on_numba(read_config(folder), device)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     try:
         model, loaded = kind.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype="float32" if on_numba else dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -243,7 +244,7 @@ def load_model(
     except (ValueError, ImportError, KeyError, RuntimeError) as error:
         raise _load_failure(error, folder) from error
     refuse_missing(loaded, folder)
-    return model.eval()
+    return hold_to_one_thread(model.eval()) if on_numba else model.eval()
 
 
 def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:

@@ -8,50 +8,42 @@ decoded and multiplied by torch.
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from qresafe.errors import ResourceError
 
 
-def dtype_for(config: Mapping[str, Any], device: str, dtype: Any) -> Any:
-    """Return the type to load a model in: `dtype`, but float32 where the kernel will run.
-
-    There, numba is also held to one thread for the rest of the process.
+def runs_on_numba(config: Mapping[str, Any], device: str) -> bool:
+    """Say whether a model will run the kernel.
 
     Args:
         config: The model's config.json.
-        device: Where it will run.
-        dtype: What was asked for.
+        device: Where it will run, e.g. "cpu" or "cuda:0".
 
     Raises:
-        ResourceError: numba is missing, or runs with several threads already.
+        ResourceError: It would, and numba is missing.
     """
     scheme = config.get("quantization_config") or {}
     is_kernel = (scheme.get("quant_method"), scheme.get("nbits_per_codebook")) == ("aqlm", 8)
     if not is_kernel or device.split(":")[0] != "cpu":
-        return dtype
-    hold_to_one_thread()
-    return "float32"
-
-
-def hold_to_one_thread() -> None:
-    """Let numba run one thread from here on.
-
-    Raises:
-        ResourceError: numba is missing, or runs with several threads already.
-    """
+        return False
     if importlib.util.find_spec("numba") is None:
         raise ResourceError("AQLM on a CPU needs numba", remedy="pip install numba")
-    os.environ["NUMBA_NUM_THREADS"] = "1"  # read when numba is imported
-    if "numba" not in sys.modules:
-        return
-    from numba.core import config
+    return True
 
-    try:
-        config.reload_config()  # type: ignore[no-untyped-call]
-    except RuntimeError:
-        remedy = "start again with NUMBA_NUM_THREADS=1"
-        raise ResourceError("numba has started several threads", remedy=remedy) from None
+
+def hold_to_one_thread(model: Any) -> Any:
+    """Let every forward pass of `model` use one numba thread, and return the model.
+
+    numba counts threads for each calling thread, so the limit is set where the model runs; that
+    works whoever imported numba before, and in whatever thread the model was loaded.
+    """
+    model.register_forward_pre_hook(_hold)
+    return model
+
+
+def _hold(*_: Any) -> None:
+    import numba
+
+    numba.set_num_threads(1)

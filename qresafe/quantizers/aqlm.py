@@ -165,6 +165,7 @@ def norms_of(block: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+@torch.enable_grad()  # type: ignore[untyped-decorator]
 def tune(
     block: nn.Module,
     fits: Mapping[str, AdditiveFit],
