@@ -50,7 +50,7 @@ def test_encoding_a_decoded_weight_gives_its_codes(books: int, bits: int, group:
 
 @pytest.mark.parametrize(("books", "bits"), [(1, 3), (2, 3), (3, 2)])
 def test_searches_against_every_combination(books: int, bits: int) -> None:
-    grid, codes = random_grid(books, bits, 4, rows=6)
+    grid, _ = random_grid(books, bits, 4, rows=6)
     targets = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
     every = torch.tensor(list(itertools.product(range(1 << bits), repeat=books)))
     sums = sum(grid.codebooks[m][every[:, m]] for m in range(books))
