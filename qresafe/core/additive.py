@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOVE_BEAM = 4  # hypotheses per group where a search starts from present codes
-ENCODE_BEAM = 16  # and where it starts from nothing; two codebooks are searched exhaustively
-SWEEPS = 2  # over all codebooks of a group
+# Hypotheses per group, and sweeps over its codebooks: from present codes, where a second sweep was
+# measured to bring nothing, and from nothing, unless every pair of two codebooks is tried.
+MOVE_BEAM, MOVE_SWEEPS = 4, 1
+ENCODE_BEAM, ENCODE_SWEEPS = 16, 2
 CHUNK = 1 << 24  # scores (group, hypothesis, code) that are held at a time
 
 
@@ -86,7 +87,7 @@ class AdditiveGrid:
         start = residual_codes(targets, books)
         if len(books) == 2 and books.shape[1] <= 256:  # every pair
             return self._stored(search(targets, start, books, books.shape[1], sweeps=1))
-        return self._stored(search(targets, start, books, ENCODE_BEAM, SWEEPS))
+        return self._stored(search(targets, start, books, ENCODE_BEAM, ENCODE_SWEEPS))
 
     def snap(self, weight: Tensor) -> Tensor:
         """Return grid points near `weight`, in its dtype."""
@@ -115,7 +116,7 @@ class AdditiveGrid:
         touched = (delta.reshape(-1, self.group_size) != 0).any(1)
         books, old = self.codebooks.float(), indices[touched]
         targets = decode_groups(books, old) + self._targets(delta)[touched]
-        return indices, touched, search(targets, old, books, MOVE_BEAM, SWEEPS)
+        return indices, touched, search(targets, old, books, MOVE_BEAM, MOVE_SWEEPS)
 
     def _targets(self, weight: Tensor) -> Tensor:
         """Return float32 weight / scale as groups, (out * in / group, group)."""
