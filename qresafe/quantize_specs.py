@@ -119,6 +119,30 @@ class Fp8Spec(Spec):
     seed: int = 0
 
 
+class AqlmSpec(Spec):
+    """AQLM: sums of codebook vectors, codebooks x codebook_bits / group_size bits per weight.
+
+    The paper's settings are 1 x 16 and 2 x 8 with groups of 8 (2 bits), 4 x 8 is 4 bits; codebooks
+    come on top, so small layers want small ones.
+    """
+
+    method: Literal["aqlm"] = "aqlm"
+    codebooks: Annotated[int, Field(ge=1, le=16)] = 2
+    codebook_bits: Annotated[int, Field(ge=2, le=16)] = 8
+    group_size: AtLeastOne = 8
+    skip: tuple[str, ...] = ("lm_head",)
+    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    sequences: AtLeastOne = 1024
+    max_length: AtLeastOne = 2048
+    batch_size: AtLeastOne = 16
+    beam: AtLeastOne = 8  # hypotheses per group of the code search
+    rounds: AtLeastOne = 20  # most turns of codes, codebooks and scales
+    tolerance: Positive = 0.01  # a layer is done when a turn gains less than this share
+    finetune_steps: Count = 100  # per block; 0: without fine-tuning
+    finetune_lr: Positive = 1e-4
+    seed: int = 0
+
+
 def _base_by_default(data: Any, method: str) -> Any:
     """Let `--set quantize.base.bits=8` alone keep the default method of a nested spec."""
     if isinstance(data, dict) and isinstance(data.get("base"), dict):
@@ -164,7 +188,7 @@ class CheckpointSpec(Spec):
 
 
 BaseSpec = Annotated[
-    RtnSpec | BnbSpec | LlmQatSpec | QloraSpec | GptqSpec | AwqSpec | Fp8Spec,
+    RtnSpec | BnbSpec | LlmQatSpec | QloraSpec | AqlmSpec | GptqSpec | AwqSpec | Fp8Spec,
     Field(discriminator="method"),
 ]
 

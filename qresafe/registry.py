@@ -48,6 +48,7 @@ quantizers = Registry(
         "qlora": "qresafe.quantizers.qlora:quantize",
         "critical16": "qresafe.quantizers.critical16:quantize",
         "checkpoint": "qresafe.quantizers.checkpoint:quantize",
+        "aqlm": "qresafe.quantizers.aqlm:quantize",
     },
 )
 
@@ -61,6 +62,7 @@ formats = Registry(
         "awq": "qresafe.hf.formats.awq:Awq",
         "fp8": "qresafe.hf.formats.fp8:codec",
         "gguf": "qresafe.hf.formats.gguf:codec",
+        "aqlm": "qresafe.hf.formats.aqlm:Aqlm",
     },
 )
 

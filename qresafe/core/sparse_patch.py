@@ -3,16 +3,19 @@
 Sorted positions are stored in Elias-Fano form: the lower l bits of each as they are, the upper
 bits in unary, together at most l + 2 bits a position with l = floor(log2(size / changes)). That is
 within half a bit of the entropy of random positions, where byte-wide gaps need an escape for one
-gap in a few. Changes are stored as signed nibbles, and those beyond +-7 as bytes in a list.
+gap in a few. Changes are stored as signed nibbles, and those beyond +-7 in a list, each as wide as
+a code: a byte, or two of 16-bit codes (AQLM's 1x16).
 At a density of 0.01 % this is 15.3 + 4 bits, 2.4 bytes per changed code; at 5 %, 1.3 bytes.
 
-A change is new - old modulo 256, so applying and reverting need the difference and nothing else.
+A change is new - old modulo 256 (or 65536), so applying and reverting need the difference and
+nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from qresafe.errors import CorruptArtifactError
 
+WIDTHS = (torch.int8, torch.int16)
 _ESCAPE = 8  # the nibble that stands for "in the list of wide changes"
 
 Bytes = npt.NDArray[np.uint8]
@@ -33,7 +37,7 @@ class SparseDiff:
     Args:
         size: Number of codes of the whole tensor.
         positions: int64, sorted, distinct, in [0, size): into the flattened tensor.
-        changes: int8, (new - old) modulo 256, never 0.
+        changes: int8 or int16, (new - old) modulo 2^8 or 2^16, never 0.
     """
 
     size: int
@@ -49,22 +53,24 @@ class SparseDiff:
         return self._add(codes, -self.changes)
 
     def _add(self, codes: Tensor, changes: Tensor) -> Tensor:
-        if codes.numel() != self.size or codes.dtype != torch.int8:
-            what = f"a patch for {self.size} int8 codes, not {codes.numel()} of {codes.dtype}"
+        fits = codes.dtype in WIDTHS and codes.itemsize >= changes.itemsize
+        if codes.numel() != self.size or not fits:
+            wanted = f"{self.size} {str(changes.dtype)[6:]} codes"
+            what = f"a patch for {wanted}, not {codes.numel()} of {codes.dtype}"
             raise CorruptArtifactError(what, remedy="apply it to the checkpoint it was made for")
         patched = codes.clone().view(-1)
-        patched[self.positions.to(codes.device)] += changes.to(codes.device)
+        patched[self.positions.to(codes.device)] += changes.to(codes.device, codes.dtype)
         return patched.view(codes.shape)
 
     def pack(self) -> dict[str, Tensor]:
         """Return the difference as named uint8 tensors, e.g. for safetensors."""
         changes = self.changes.numpy()
-        narrow = np.abs(changes.astype(np.int16)) < _ESCAPE
+        narrow = np.abs(changes.astype(np.int32)) < _ESCAPE
         nibbles = np.where(narrow, changes & 15, _ESCAPE).astype(np.uint8)
         nibbles = np.append(nibbles, np.zeros(len(nibbles) % 2, dtype=np.uint8))
         packed = {
             "nibbles": nibbles[::2] | nibbles[1::2] << 4,
-            "wide": changes[~narrow].view(np.uint8),
+            "wide": changes[~narrow].astype(changes.dtype.newbyteorder("<")).view(np.uint8),
         }
         values = {name: torch.from_numpy(array.copy()) for name, array in packed.items()}
         return pack_positions(self.size, self.positions) | values
@@ -86,8 +92,8 @@ def pack_positions(size: int, positions: Tensor) -> dict[str, Tensor]:
 
 
 def diff(old: Tensor, new: Tensor) -> SparseDiff:
-    """Return the difference between two int8 code tensors of one shape."""
-    if old.shape != new.shape or old.dtype != torch.int8 or new.dtype != torch.int8:
+    """Return the difference between two int8 or int16 code tensors of one shape."""
+    if old.shape != new.shape or old.dtype != new.dtype or old.dtype not in WIDTHS:
         raise ValueError(f"cannot compare codes {old.shape} {old.dtype} {new.shape} {new.dtype}")
     before, after = old.cpu().reshape(-1), new.cpu().reshape(-1)
     positions = (before != after).nonzero()[:, 0]
@@ -144,16 +150,19 @@ def _positions(
     return positions.astype(np.int64)
 
 
-def _changes(parts: Mapping[str, Bytes], count: int, where: str) -> npt.NDArray[np.int8]:
+def _changes(parts: Mapping[str, Bytes], count: int, where: str) -> npt.NDArray[Any]:
+    """Return the changes; as int8 too where 16-bit codes changed by few steps only."""
     if len(parts["nibbles"]) != -(-count // 2):
         raise _corrupt("a list of changes of the wrong length", where)
     pairs = np.stack([parts["nibbles"] & 15, parts["nibbles"] >> 4], axis=1)
     nibbles = pairs.reshape(-1)[:count].astype(np.int8)
     wide = nibbles == _ESCAPE
-    if int(wide.sum()) != len(parts["wide"]):
+    width = len(parts["wide"]) // max(int(wide.sum()), 1)
+    if len(parts["wide"]) != width * int(wide.sum()) or (wide.any() and width not in (1, 2)):
         raise _corrupt("a list of wide changes of the wrong length", where)
-    changes = np.where(nibbles > _ESCAPE, nibbles - 16, nibbles).astype(np.int8)
-    changes[wide] = parts["wide"].view(np.int8)
+    stored = "<i2" if width == 2 else "<i1"
+    changes = np.where(nibbles > _ESCAPE, nibbles - 16, nibbles).astype(stored)
+    changes[wide] = parts["wide"].view(stored)
     if (changes == 0).any():
         raise _corrupt("a change of 0", where)
     return changes

@@ -31,7 +31,7 @@ from qresafe.storage import local_folder
 
 SUPPORTED = (
     "compressed-tensors integers and FP8 (pack-quantized, int-quantized, float-quantized), "
-    "bitsandbytes NF4, FP4 and LLM.int8(), GPTQ, AWQ (gemm), GGUF Q8_0 and Q4_0"
+    "bitsandbytes NF4, FP4 and LLM.int8(), AQLM, GPTQ, AWQ (gemm), GGUF Q8_0 and Q4_0"
 )
 
 

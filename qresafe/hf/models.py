@@ -16,6 +16,7 @@ from qresafe.artifacts import hash_file
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.decoded import decoded_because, load_decoded
 from qresafe.hf.gguf_folder import check_gguf, gguf_file, is_unpacked, unpacked
+from qresafe.hf.numba_threads import hold_to_one_thread, runs_on_numba
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
@@ -218,7 +219,8 @@ def load_model(
     """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
 
     Quantized checkpoints run through their own libraries, or, where these are not installed
-    (GPTQ, AWQ), with decoded weights and a warning. On CPUs with AVX512-BF16, bitsandbytes
+    (GPTQ, AWQ), with decoded weights and a warning; AQLM on a CPU in float32 and one numba
+    thread, see `qresafe.hf.numba_threads`. On CPUs with AVX512-BF16, bitsandbytes
     repacks 4-bit weights at the first forward pass, after which its modules must be neither
     dequantized nor saved: `qresafe.hf.checkpoint` reads codes from the files for that reason.
 
@@ -231,6 +233,7 @@ def load_model(
 
     Raises:
         ModelError: transformers cannot load it, or would fill missing weights at random.
+        ResourceError: An AQLM model is to run on a CPU, and numba is missing.
         CorruptArtifactError: A weight file is damaged.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -241,12 +244,13 @@ def load_model(
     _check_adapter(folder)
     if reason := decoded_because(read_config(folder)):
         return load_decoded(folder, dtype, device, reason)
+    on_numba = runs_on_numba(read_config(folder), device)
     placed = {} if device == "cpu" else {"device_map": {"": device}}
     gguf = gguf_file(folder)
     try:
         model, loaded = kind.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype="float32" if on_numba else dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -261,7 +265,7 @@ def load_model(
         from qresafe.hf.overlaid import apply_kept
 
         apply_kept(model, folder)
-    return model.eval()
+    return hold_to_one_thread(model.eval()) if on_numba else model.eval()
 
 
 def _check_adapter(folder: Path) -> None:

@@ -184,6 +184,61 @@ def write_bitsandbytes(target: Path, source: Path, options: Mapping[str, Any]) -
         copy_sidecars(source, folder)
 
 
+@dataclass(frozen=True)
+class AqlmLayer:
+    """A layer's codes (out, in / group, M), codebooks (M, 2^bits, group) and scales (out, 1)."""
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+    @property
+    def width(self) -> int:
+        """Inputs of the layer."""
+        return int(self.codes.shape[1] * self.codebooks.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, codebooks and scales with the codes."""
+        return int(self.codes.nbytes + self.codebooks.nbytes + self.scales.nbytes)
+
+
+def write_aqlm(
+    target: Path,
+    source: Path,
+    layers: Mapping[str, AqlmLayer],
+    replaced: Mapping[str, Tensor],
+    scheme: Mapping[str, int],
+) -> None:
+    """Write an AQLM checkpoint that transformers loads with the `aqlm` package.
+
+    Args:
+        target: Local folder to make.
+        source: The full-precision model.
+        layers: Layer name -> what is stored of it.
+        replaced: Tensor name -> new value of other tensors, stored in the type of the old one.
+        scheme: Sizes, as transformers' `AqlmConfig` names them.
+    """
+    files = TensorFiles(source)
+
+    def convert(name: str) -> dict[str, Tensor]:
+        layer = name.removesuffix(".weight")
+        if name == layer or layer not in layers:
+            value = replaced.get(name, files[name])
+            return {name: value.detach().cpu().to(files.entries[name].dtype).contiguous()}
+        made = layers[layer]
+        return {
+            f"{layer}.codes": made.codes.contiguous(),
+            f"{layer}.codebooks": made.codebooks[:, :, None].contiguous(),
+            f"{layer}.scales": made.scales[:, :, None, None].contiguous(),
+        }
+
+    ignore = [name for name in linear_layers(source) if name not in layers]
+    quantization = {"quant_method": "aqlm", "linear_weights_not_to_quantize": ignore, **scheme}
+    config = read_config(source) | {"quantization_config": quantization}
+    _write(target, files, convert, config)
+
+
 def write_plain(target: Path, source: Path, weights: Mapping[str, Tensor]) -> None:
     """Write a copy of a full-precision model with some of its weights replaced.
 

@@ -70,6 +70,20 @@ def test_the_arithmetic_of_a_packed_patch():
     assert packed["nibbles"].tolist() == [1 | 9 << 4, 7 | 8 << 4, 15]
 
 
+@pytest.mark.parametrize("widest", [7, 40_000])
+def test_16_bit_codes(widest):
+    old, new = (t.to(torch.int16) for t in _pair(8, 500, 0.1, seed=2, widest=min(widest, 7)))
+    if widest > 7:
+        new[10], old[10] = -32768, 32767  # one step up, modulo 2^16
+        new[11], old[11] = 30_000, -30_000
+    change = unpack(diff(old, new).pack())
+    assert torch.equal(change.apply(old), new)
+    assert torch.equal(change.revert(new), old)
+    if widest > 7:
+        with pytest.raises(CorruptArtifactError, match="a patch for 500 int16 codes, not 500 of"):
+            change.apply(old.to(torch.int8))
+
+
 def test_an_empty_patch_is_a_few_bytes():
     codes = torch.zeros(10_000, dtype=torch.int8)
     packed = diff(codes, codes).pack()
