@@ -25,6 +25,7 @@ from qresafe.loading import load_spec
 from qresafe.progress import Silent
 from qresafe.quantize_specs import CheckpointSpec, RtnSpec
 from qresafe.specs import ExperimentSpec, ModelSpec
+from qresafe.stages.experiment import Experiment
 from qresafe.stages.export import export
 from qresafe.stages.patch import patch
 from qresafe.stages.quantize import check_ready, quantize
@@ -140,6 +141,13 @@ def test_block_scaled_fp8_is_assessed_and_not_patched(teacher: ModelInput, tmp_p
     scales = write_fp8(tmp_path / "q", source)
     made = staged(Run(str(tmp_path), "t"), teacher, tmp_path / "q")
     assert "can be assessed, not patched" in made.manifest.counts["not_patchable"]
+    given = {"model": {"path": str(source)}, "quantize": CheckpointSpec(path=str(tmp_path / "q"))}
+    spec = ExperimentSpec(storage=str(tmp_path), name="t", **given)
+    experiment = Experiment(spec, InProcessRuntime())
+    assert experiment.arms == ("W", "Q0")
+    with pytest.raises(ModelError, match="can be assessed, not patched"):
+        _ = experiment.patched  # before the models answer anything
+    assert [name for name, _ in experiment.stages] == ["quantize"]
     model, full = load_model(made.path / "checkpoint"), load_model(source)
     for name, scale in scales.items():
         weight = full.get_submodule(name).weight
