@@ -111,7 +111,7 @@ def _deploy(adapted: Path, target: Path, spec: QloraSpec) -> None:
     made = adapted
     if spec.deploy == "merged":
         merged = adapted.parent / "merged"
-        # Decoded from the files: bitsandbytes' own dequantization may be wrong after a forward pass.
+        # Decoded from the files: bitsandbytes' own decoding may be wrong after a forward pass.
         write_dense(merged, QuantizedCheckpoint.open(adapted), lambda _, weight: weight)
         made = _quantized(merged, adapted.parent / "again", spec.base)
     put(made, target)

@@ -149,10 +149,17 @@ def test_a_patched_adapter_loads_in_plain_transformers(tiny_llama: Path, tmp_pat
 
     def work(folder: UPath) -> dict[str, int]:
         save_file(codes, str(folder / "codes.safetensors"))
+        delta = {base.names[0]: torch.ones(tensors[base.names[0]].grid.shape)}
+        save_file(delta, str(folder / "delta.safetensors"))
         return {}
 
     patch = run.stage("patch", spec={}, inputs={}, code_version=1, work=work)
-    q = export(run, q0, patch, unrounded=False).path / "checkpoint"
+    made = export(run, q0, patch)
+    q = made.path / "checkpoint"
+    unrounded = load_file(made.path / "unrounded" / "model.safetensors")
+    name = base.names[0]
+    torch.testing.assert_close(unrounded[f"{name}.weight"], tensors[name].dense() + 1)
+    assert not (made.path / "unrounded" / "adapter_config.json").exists()  # merged into the sum
     same = load_file(q / "adapter_model.safetensors")
     before = load_file(q0.path / "checkpoint" / "adapter_model.safetensors")
     assert all(torch.equal(same[name], before[name]) for name in before)
