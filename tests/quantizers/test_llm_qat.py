@@ -84,6 +84,12 @@ def test_the_same_call_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path, ch
         assert made[0].read_bytes() == made[1].read_bytes()
 
 
+def test_epochs_stand_for_steps(tiny_llama: Path, tmp_path: Path, chats: Path) -> None:
+    wanted = spec(chats, epochs=3, steps=50, batch_size=3)
+    losses = quantize(tiny_llama, tmp_path, wanted, control=False).counts["losses"]
+    assert len(losses) == 6  # four chats are two batches of at most three
+
+
 def test_tokens_are_rounded_as_compressed_tensors_does() -> None:
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
