@@ -132,7 +132,8 @@ def _explain(
         if "judges" in location:
             remedy = nearest(tag, MODEL_JUDGES)
             return SpecError(f"unknown judge {tag!r} with settings", where=where, remedy=remedy)
-        remedy = nearest(tag, quantizers.names)
+        allowed = str(first.get("ctx", {}).get("expected_tags", ""))  # "'rtn', 'bnb'"
+        remedy = nearest(tag, [name.strip(" '") for name in allowed.split(",")])
         return SpecError(f"unknown quantizer {tag!r}", where=where, remedy=remedy)
     value = first.get("input")
     plain = isinstance(value, str | int | float | bool) and first["type"] != SECRET

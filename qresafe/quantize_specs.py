@@ -70,6 +70,13 @@ class LlmQatSpec(Spec):
     seed: int = 0
 
 
+def _base_by_default(data: Any, method: str) -> Any:
+    """Let `--set quantize.base.bits=8` alone keep the default method of a nested spec."""
+    if isinstance(data, dict) and isinstance(data.get("base"), dict):
+        return data | {"base": {"method": method} | data["base"]}
+    return data
+
+
 class QloraSpec(Spec):
     """LoRA fine-tuning above frozen low-bit weights (QLoRA)."""
 
@@ -93,6 +100,11 @@ class QloraSpec(Spec):
     max_grad_norm: Positive = 0.3
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base(cls, data: Any) -> Any:
+        return _base_by_default(data, "bnb")
+
 
 BaseSpec = Annotated[
     RtnSpec | BnbSpec | LlmQatSpec | QloraSpec,
@@ -114,6 +126,11 @@ class Critical16Spec(Spec):
     max_new_tokens: AtLeastOne = 64
     batch_size: AtLeastOne = 32
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base(cls, data: Any) -> Any:
+        return _base_by_default(data, "rtn")
 
     @model_validator(mode="after")
     def _one_overlay(self) -> Critical16Spec:

@@ -206,3 +206,13 @@ def test_a_yaml_file_may_say_on_without_quotes(tmp_path: Path) -> None:
 def test_a_key_in_an_url_is_not_repeated() -> None:
     text = message(None, "evaluate.judges=[{judge: llm, model: x, endpoint: 'http://hunter2@h'}]")
     assert "hunter2" not in text
+
+
+def test_a_nested_method_keeps_its_default_and_names_what_it_may_be() -> None:
+    spec = load_spec(ExperimentSpec, None, ["quantize.method=qlora", "quantize.base.format=fp4"])
+    assert spec.quantize.base == BnbSpec(format="fp4")  # type: ignore[union-attr]
+    bits = ["quantize.method=critical16", "quantize.base.bits=2"]
+    assert load_spec(ExperimentSpec, None, bits).quantize.base.bits == 2  # type: ignore[union-attr]
+    told = message(None, "quantize.method=qlora", "quantize.base.method=gptq")
+    assert told == "unknown quantizer 'gptq' in the spec: choose one of bnb, rtn."
+    assert "bits" in message(None, "quantize.method=critical16", "quantize.base.bit=2")
