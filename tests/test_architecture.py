@@ -55,7 +55,6 @@ OWNERS = {
     "optuna": {"stages"},
     "llmcompressor": {"hf"},
     "aqlm": {"hf"},
-    "hqq": {"hf"},
     "gguf": {"hf"},
     "lm_eval": {"hf"},
     "openai": {"chat"},

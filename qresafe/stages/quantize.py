@@ -94,8 +94,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _sizes(checkpoint: Path, counts: Mapping[str, Any]) -> dict[str, float]:
+    size = {"checkpoint_bytes": folder_bytes(checkpoint)}
+    if "not_patchable" in counts:  # nobody here reads its codes
+        return size
     bits = bits_per_weight(checkpoint, counts.get("kept_layers", ()))
-    return {"checkpoint_bytes": folder_bytes(checkpoint), "bits_per_weight": round(bits, 4)}
+    return size | {"bits_per_weight": round(bits, 4)}
 
 
 def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:

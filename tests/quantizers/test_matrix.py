@@ -56,6 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {  # the rows of the page -> settings that 
     "gptq": {"method": "gptq", "group_size": 32} | FEW,
     "awq": {"method": "awq", "group_size": 32, "grid_points": 3} | FEW,
     "fp8": {"method": "fp8", "activations": "none"},
+    "aqlm": {"method": "aqlm", "codebook_bits": 4, "rounds": 1, "finetune_steps": 0, "beam": 2}
+    | FEW,
     "qlora": {"method": "qlora", "steps": 1, "batch_size": 2, "rank": 2},
 }
 
