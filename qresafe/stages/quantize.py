@@ -94,7 +94,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _sizes(checkpoint: Path, counts: Mapping[str, Any]) -> dict[str, float]:
-    size = {"checkpoint_bytes": folder_bytes(checkpoint)}
+    size: dict[str, float] = {"checkpoint_bytes": folder_bytes(checkpoint)}
     if "not_patchable" in counts:  # nobody here reads its codes
         return size
     bits = bits_per_weight(checkpoint, counts.get("kept_layers", ()))
