@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-search bench-speed bench-statistics bench-judges bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu clean
 
 install: $(STAMP)
 
@@ -35,6 +35,9 @@ lock: install
 
 bench-demo: install
 	$(BIN)/python -m bench.demo
+
+bench-quantizers: install
+	$(BIN)/python -m bench.quantizers
 
 bench-search: install
 	$(BIN)/python -m bench.search
