@@ -68,11 +68,11 @@ RUNTIME = {"bnb nf4": 0.2, "bnb int8": 0.3, "qlora": 0.2}
 
 def cells() -> list[tuple[str, str, str]]:
     """Return (method, architecture, what the page says) for every cell of its table."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
-    start = next(i for i, line in enumerate(lines) if line.startswith("| method | Llama"))
-    head = split(lines[start])[1:]
+    table = next(part for part in PAGE.read_text().split("\n\n") if "| method | Llama" in part)
+    lines = table.splitlines()
+    head = split(lines[0])[1:]
     found = []
-    for line in lines[start + 2 :]:
+    for line in lines[2:]:
         method, *said = split(line)
         found += [(method, name, cell) for name, cell in zip(head, said, strict=True)]
     return found
