@@ -21,6 +21,7 @@ from qresafe.commands import (
     judging,
     patch,
     quantizers,
+    runs,
     search,
 )
 from qresafe.commands.launch import launch
@@ -68,6 +69,7 @@ for panel, commands in COMMANDS.items():
 app.add_typer(judging.app, name="judge", rich_help_panel=STAGES)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
 app.add_typer(judge_models.app, name="score", rich_help_panel=EXPERIMENTS)
+app.add_typer(runs.app, name="runs", rich_help_panel=EXPERIMENTS)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 
 
