@@ -23,6 +23,7 @@ from qresafe.commands import (
     quantizers,
     runs,
     search,
+    submit,
 )
 from qresafe.commands.launch import launch
 
@@ -44,6 +45,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "run": experiment.run,
         "show": experiment.show,
         "search": search.search,
+        "submit": submit.submit,
     },
     STAGES: {
         "quantize": experiment.quantize,
