@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,6 +115,35 @@ def test_an_upload_over_the_limit_is_refused_unsent(tmp_path: Path) -> None:
 def test_addresses(address: str, url: str, clear: bool) -> None:
     assert jobs.dashboard_url(address) == url
     assert jobs.in_the_clear(address) is clear
+
+
+def test_a_log_goes_on_where_the_connection_broke() -> None:
+    sent = [["one\n", "tw"], ["one\n", "two\n", "three\n"]]  # each time from its beginning
+    told = SimpleNamespace(status="FAILED", driver_exit_code=3, message="because\nTraceback")
+
+    class Client:
+        connections = 0
+
+        def get_address(self) -> str:
+            return "http://head:8265"
+
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            self.connections += 1
+            for text in sent[self.connections - 1]:
+                yield text
+            if self.connections < len(sent):
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+
+        def get_job_status(self, job: str) -> SimpleNamespace:
+            return SimpleNamespace(is_terminal=lambda: self.connections == len(sent))
+
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            return told
+
+    log: list[str] = []
+    ending = jobs.follow(Client(), "id", log.append)  # type: ignore[arg-type]
+    assert "".join(log) == "one\ntwo\nthree\n"
+    assert ending == jobs.Ending("FAILED", 3, "because")
 
 
 # ---------------------------------------------------------------- for real

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -224,7 +225,7 @@ def _answers(url: str, job: str = "") -> Iterator[None]:
     except AuthenticationError:
         remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with its token"
         raise ResourceError(f"the cluster at {url} refuses the token", remedy=remedy) from None
-    except (ConnectionError, RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, aiohttp.ClientError) as error:
         text = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
         if job and "404" in text:
             remedy = "`ray job list` names them"
