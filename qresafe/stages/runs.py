@@ -213,6 +213,9 @@ def plan_removal(run: RunFolder, *, whole: bool, force: bool) -> Removal:
     """
     if run.driver:
         return Removal(run, (), 0, kept=f"in use by {run.driver}")
+    if not force and any(s.stage == "search" and s.finished is None for s in run.stages):
+        # Its trials are finished stages, and the next ones may go on from their checkpoints.
+        return Removal(run, (), 0, kept="all, for an unfinished search (--force removes it)")
     chosen = [s for s in run.stages if s.finished is not None or force]
     left = len(run.stages) - len(chosen)
     kept = f"{left} unfinished (--force removes them)" if left else ""

@@ -121,6 +121,16 @@ def test_a_run_with_a_driver_is_left_alone(storage: str) -> None:
     assert one(storage).bytes > 100
 
 
+def test_an_unfinished_search_keeps_the_trials_that_it_may_go_on_from(storage: str) -> None:
+    make(storage, "a", "patch", {}, work=30)
+    folder = cut_off(storage, "a", "search")
+    plan = plan_removal(one(storage), whole=False, force=False)
+    assert plan.paths == ()
+    assert "unfinished search" in plan.kept
+    (folder / "report.html").write_text("the last file of a search")
+    assert plan_removal(one(storage), whole=False, force=False).bytes == 30 + 10
+
+
 @pytest.mark.parametrize(
     ("storage", "said"),
     [("/nowhere/at/all", "no runs in /nowhere/at/all/runs"), ("nope://x", "no such storage")],
