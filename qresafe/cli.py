@@ -21,7 +21,9 @@ from qresafe.commands import (
     judging,
     patch,
     quantizers,
+    runs,
     search,
+    submit,
 )
 from qresafe.commands.launch import launch
 
@@ -43,6 +45,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "run": experiment.run,
         "show": experiment.show,
         "search": search.search,
+        "submit": submit.submit,
     },
     STAGES: {
         "quantize": experiment.quantize,
@@ -68,6 +71,7 @@ for panel, commands in COMMANDS.items():
 app.add_typer(judging.app, name="judge", rich_help_panel=STAGES)
 app.add_typer(patch.app, name="patch", rich_help_panel=STAGES)
 app.add_typer(judge_models.app, name="score", rich_help_panel=EXPERIMENTS)
+app.add_typer(runs.app, name="runs", rich_help_panel=EXPERIMENTS)
 app.add_typer(demo_model.app, name="demo-model", rich_help_panel=MACHINE)
 
 

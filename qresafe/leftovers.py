@@ -33,6 +33,16 @@ def sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def process_began(process: int) -> float | None:
+    """Return when a process of this host began (seconds since 1970); None if it is not there."""
+    import psutil
+
+    try:
+        return float(psutil.Process(process).create_time())
+    except psutil.NoSuchProcess:
+        return None
+
+
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.heads import cluster  # noqa: F401
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
     "{{ message['content'] }}{{ eos_token }}{% endfor %}"

@@ -22,6 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "progress", "presets"}
 LEAVES |= {
     "leftovers",
+    "driver_lock",
     "storage",
     "jsonl",
     "qresafe",

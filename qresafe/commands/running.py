@@ -73,13 +73,17 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
         as_json: Print JSON instead of tables.
     """
     from qresafe.console import progress_on
+    from qresafe.driver_lock import sole_driver
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
 
     with progress_on() as progress:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
-        with closing(started(spec, progress)) as experiment.runtime:
+        with (
+            sole_driver(experiment.run.root),
+            closing(started(spec, progress)) as experiment.runtime,
+        ):
             result = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))

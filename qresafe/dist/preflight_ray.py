@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import ray
 from upath import UPath
 
 from qresafe.dist.preflight import Check, Status
-
-MIB = 2**20
+from qresafe.dist.upload import LIMIT, measure_upload
 
 
 def authentication() -> Check:
@@ -35,27 +33,12 @@ def authentication() -> Check:
 
 def upload_size(working_dir: Path) -> Check:
     """The package that `ray job submit --working-dir` would send, against Ray's limit."""
-    # Private, but the only way to ask what Ray itself would pack; the lock pins its version.
-    from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE as LIMIT
-    from ray._private.runtime_env.packaging import _dir_travel
-
-    root, sizes = working_dir.absolute(), dict[Path, int]()
-
-    def weigh(path: Path) -> None:
-        if path.is_file():
-            sizes[path] = path.stat().st_size  # Ray's archive does not compress
-
-    quiet = logging.getLogger(f"{__name__}.quiet")
-    quiet.disabled = True  # Ray names every ignore file that it finds
-    _dir_travel(root, [], weigh, include_gitignore=True, logger=quiet)
-    total = sum(sizes.values())
-    detail = f"{total / MIB:.1f} of {LIMIT / MIB:.0f} MiB, {len(sizes)} files"
-    if total < LIMIT / 2:
-        return Check("job upload", "ok", detail)
-    largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
-    names = ", ".join(str(path.relative_to(root)) for path in largest)
-    status: Status = "fail" if total >= LIMIT else "warn"
-    return Check("job upload", status, f"{detail}; largest: {names}", "list them in .rayignore")
+    upload = measure_upload(working_dir)
+    if upload.bytes < LIMIT / 2:
+        return Check("job upload", "ok", f"{upload}")
+    status: Status = "warn" if upload.fits else "fail"
+    detail = f"{upload}; largest: {upload.largest}"
+    return Check("job upload", status, detail, "list them in .rayignore")
 
 
 def storage_from_worker(storage: str, address: str | None) -> Check:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from filelock import FileLock, Timeout
 from ray import tune
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from upath import UPath
@@ -28,7 +27,8 @@ from qresafe.dist.search_trial import demand, make_trainable
 from qresafe.dist.search_tune import Live, QueueSearcher, Recorder, RuleScheduler
 from qresafe.dist.settings import defaults
 from qresafe.dist.trackers import tracker_callbacks
-from qresafe.errors import ResourceError, UserError
+from qresafe.driver_lock import sole_driver
+from qresafe.errors import UserError
 from qresafe.hf.warm import shelf
 from qresafe.progress import Progress, Silent
 from qresafe.search_spec import Search
@@ -81,7 +81,7 @@ def run_search(search: Search, progress: Progress) -> UPath:
         UserError: Three trials failed for the same reason; the table of the others is written.
     """
     folder = search_folder(search)
-    with locked(folder), session(search, progress) as runtime:
+    with sole_driver(folder.parent.parent), session(search, progress) as runtime:
         with closing(Sharing(search, runtime, progress)) as sharing:
             queue = run_trials(search, sharing, progress)
         rows = queue.ordered()
@@ -165,29 +165,6 @@ class Sharing:
 
     def _key(self, spec: ExperimentSpec) -> tuple[str, bool]:
         return upper_key(spec), needs_reference(spec.patch)
-
-
-@contextmanager
-def locked(folder: UPath) -> Iterator[None]:
-    """Keep other processes of this machine from running the same search.
-
-    Raises:
-        ResourceError: One is running it.
-    """
-    if not is_local(folder):
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder / "lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        remedy = "wait for it, or follow it with qresafe search --show"
-        raise ResourceError("this search is running already", where=str(folder), remedy=remedy) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _tune(

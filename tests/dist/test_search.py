@@ -19,7 +19,8 @@ import yaml
 from ray import cloudpickle
 
 from qresafe.artifacts import Run
-from qresafe.dist.search import locked, run_search
+from qresafe.dist.search import run_search
+from qresafe.driver_lock import sole_driver
 from qresafe.errors import ResourceError, UserError
 from qresafe.presets import load_experiment
 from qresafe.progress import Silent
@@ -239,7 +240,8 @@ def test_more_than_the_cluster_has_is_said_before_the_first_trial(
 
 def test_two_drivers_do_not_run_one_search(tmp_path: Path, tiny_llama: Path) -> None:
     search = load_search(write_space(tmp_path, tiny_llama))
-    with locked(search_folder(search)), pytest.raises(ResourceError, match="running already"):
+    run = search_folder(search).parent.parent
+    with sole_driver(run), pytest.raises(ResourceError, match="has a driver already"):
         run_search(search, Silent())
 
 

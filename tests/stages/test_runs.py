@@ -1,0 +1,148 @@
+"""Runs under a storage root: what is listed, what differs, and what a prune may take."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from upath import UPath
+
+from qresafe.artifacts import Artifact, Run
+from qresafe.driver_lock import sole_driver
+from qresafe.errors import DataError, ResourceError, UserError
+from qresafe.stages.runs import RunFolder, differences, find_runs, pick, plan_removal, remove
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    return f"memory://runs-{os.getpid()}-{time.monotonic_ns()}"
+
+
+def make(storage: str, name: str, stage: str, spec: dict[str, Any], work: int = 0) -> Artifact:
+    """Finish a stage of 100 bytes of result and `work` bytes of work files."""
+
+    def fill(folder: UPath) -> dict[str, Any]:
+        (folder / "result").write_bytes(b"r" * 100)
+        if work:
+            (folder / "work" / "parts").mkdir(parents=True)
+            (folder / "work" / "parts" / "0").write_bytes(b"w" * work)
+        return {}
+
+    run = Run(storage, name)
+    return run.stage(stage, spec=spec, inputs={}, code_version=1, work=fill)
+
+
+def cut_off(storage: str, name: str, stage: str) -> UPath:
+    """Leave what a killed stage leaves: 10 bytes of work, no mark."""
+    folder = Run(storage, name).folder(stage, "0123456789abcdef")
+    (folder / "work").mkdir(parents=True)
+    (folder / "work" / "part").write_bytes(b"w" * 10)
+    return folder
+
+
+def one(storage: str, name: str = "a") -> RunFolder:
+    return pick(find_runs(storage), name)
+
+
+def test_runs_are_listed_with_sizes_stages_and_state(storage: str) -> None:
+    made = make(storage, "a", "quantize", {"bits": 4}, work=30)
+    make(storage, "b", "quantize", {"bits": 4})
+    cut_off(storage, "b", "patch")
+    first, second = find_runs(storage)
+    assert [first.name, first.state, len(first.finished)] == ["a", "finished", 1]
+    (stage,) = first.stages
+    marks = sum((made.path / name).stat().st_size for name in ("manifest.json", "DONE"))
+    assert (stage.stage, stage.key, stage.work_bytes) == ("quantize", made.key, 30)
+    assert stage.bytes == 100 + 30 + marks
+    assert abs((stage.finished or 0) - time.time()) < 60
+    assert [second.state, len(second.stages), len(second.finished)] == ["unfinished", 2, 1]
+    with sole_driver(Run(storage, "a").root):
+        assert one(storage).state == "running"
+
+
+def test_specs_are_compared_key_by_key(storage: str) -> None:
+    specs = [{"bits": bits, "calibration": {"seed": 0, "n": n}} for bits, n in ((4, 1), (3, 2))]
+    for name, spec in zip("ab", specs, strict=True):
+        make(storage, name, "quantize", spec)
+    make(storage, "b", "patch", {"rank": 8})  # the other run has none to compare it with
+    found = differences(one(storage, "a"), one(storage, "b"))
+    assert found == {"quantize.bits": (4, 3), "quantize.calibration.n": (1, 2)}
+    assert differences(one(storage, "a"), one(storage, "a")) == {}
+
+
+def test_reports_are_compared_by_the_whole_spec(storage: str) -> None:
+    for name, axis in (("a", "harmful"), ("b", "benign")):
+        spec = {"name": name, "storage": "x", "evaluate": {"prompts": [{"axis": axis, "n": 1}]}}
+        make(storage, name, "report", spec)
+    found = differences(one(storage, "a"), one(storage, "b"))
+    assert found == {"evaluate.prompts.0.axis": ("harmful", "benign")}
+    make(storage, "c", "quantize", {"bits": 4})
+    with pytest.raises(DataError, match="a and c have no finished stage in common"):
+        differences(one(storage, "a"), one(storage, "c"))
+
+
+def test_a_prune_takes_work_files_and_no_result(storage: str) -> None:
+    made, unfinished = make(storage, "a", "patch", {}, work=30), cut_off(storage, "a", "pairs")
+    plan = plan_removal(one(storage), whole=False, force=False)
+    assert plan.bytes == 30
+    assert plan.kept == "1 unfinished (--force removes them)"
+    remove(plan)
+    again = make(storage, "a", "patch", {}, work=30)
+    assert again.reused  # and its files match their hashes
+    assert not (made.path / "work").exists()
+    assert (unfinished / "work" / "part").exists()
+
+
+def test_a_whole_run_goes_but_for_what_is_unfinished(storage: str) -> None:
+    make(storage, "a", "patch", {})
+    unfinished = cut_off(storage, "a", "pairs")
+    remove(plan_removal(one(storage), whole=True, force=False))
+    run = one(storage)
+    assert [stage.stage for stage in run.stages] == ["pairs"]
+    assert (unfinished / "work" / "part").exists()
+    remove(plan_removal(run, whole=True, force=True))
+    assert not any(found.name == "a" for found in find_runs(storage))
+
+
+def test_a_run_with_a_driver_is_left_alone(storage: str) -> None:
+    make(storage, "a", "patch", {}, work=30)
+    planned = plan_removal(one(storage), whole=True, force=True)
+    with sole_driver(Run(storage, "a").root):
+        plan = plan_removal(one(storage), whole=True, force=True)
+        assert plan.paths == ()
+        assert plan.kept.startswith(f"in use by process {os.getpid()}")
+        with pytest.raises(ResourceError, match="has a driver already"):
+            remove(planned)  # planned before that driver came
+    assert one(storage).bytes > 100
+
+
+def test_an_unfinished_search_keeps_the_trials_that_it_may_go_on_from(storage: str) -> None:
+    make(storage, "a", "patch", {}, work=30)
+    folder = cut_off(storage, "a", "search")
+    plan = plan_removal(one(storage), whole=False, force=False)
+    assert plan.paths == ()
+    assert "unfinished search" in plan.kept
+    (folder / "report.html").write_text("the last file of a search")
+    assert plan_removal(one(storage), whole=False, force=False).bytes == 30 + 10
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [("/nowhere/at/all", "no runs in /nowhere/at/all/runs"), ("nope://x", "no such storage")],
+)
+def test_no_such_storage(storage: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        find_runs(storage)
+
+
+def test_an_unknown_run_names_its_neighbour(storage: str) -> None:
+    make(storage, "demo-int2", "patch", {})
+    with pytest.raises(DataError, match="no run named 'demo': did you mean demo-int2"):
+        one(storage, "demo")
+    with pytest.raises(DataError, match="no run named"):
+        one(storage, "../../etc")

@@ -1,0 +1,71 @@
+"""`qresafe runs`: tables, JSON, and a prune that asks first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qresafe.cli import main
+from qresafe.commands.runs import size
+from tests.stages.test_runs import cut_off, make
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> str:
+    make(str(tmp_path), "a", "quantize", {"bits": 4}, work=2048)
+    make(str(tmp_path), "b", "quantize", {"bits": 3})
+    cut_off(str(tmp_path), "b", "patch")
+    return str(tmp_path)
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as leaving:
+        main(["runs", *words])
+    return int(leaving.value.code or 0)
+
+
+def test_list_show_and_diff(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list", "--storage", storage) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["a", "finished", "1"]
+    assert "1 + 1 unfinished" in lines[2]
+    assert run("list", "--storage", storage, "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["state"], second["unfinished"], first["newest"]) == ("finished", 1, "quantize")
+    assert run("show", "b", "--storage", storage) == 0
+    assert "unfinished" in capsys.readouterr().out
+    assert run("diff", "a", "b", "--storage", storage) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["quantize.bits", "4", "3"]
+    assert run("show", "c", "--storage", storage) == 2
+    assert "error: no run named 'c'" in capsys.readouterr().err
+
+
+def test_prune_shows_asks_and_only_then_removes(
+    storage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work,) = Path(storage).glob("runs/a/quantize/*/work")
+    assert run("prune", "--storage", storage, "--dry-run") == 0
+    assert "2.0 KiB" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
+    assert run("prune", "--storage", storage) == 1  # nobody says yes
+    assert work.exists()
+    assert run("prune", "--storage", storage, "--yes") == 0
+    assert "freed 2.0 KiB" in capsys.readouterr().out
+    assert not work.exists()
+    assert list(Path(storage).glob("runs/b/patch/*/work/part"))
+
+
+def test_whole_runs_must_be_named_or_old(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", "--storage", storage, "--whole", "--yes") == 2
+    assert "--whole would remove every run" in capsys.readouterr().err
+    assert run("prune", "--storage", storage, "--whole", "--yes", "--older-than", "1") == 0
+    assert sorted(path.name for path in Path(storage, "runs").iterdir()) == ["a", "b"]
+    assert run("prune", "a", "--storage", storage, "--whole", "--yes") == 0
+    assert [path.name for path in Path(storage, "runs").iterdir()] == ["b"]
+
+
+def test_sizes_in_words() -> None:
+    # 1536 / 1024 = 1.5; 3 * 2**30 / 1024**3 = 3
+    assert [size(n) for n in (0, 1023, 1536, 3 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]
