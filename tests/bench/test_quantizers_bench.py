@@ -1,0 +1,56 @@
+"""The benchmark of quantizers: its plan is valid, and its page says what the results say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from bench import quantizers_page
+from bench.quantizers import Found, Row, place, rows
+from qresafe.quantize_specs import QuantizeSpec
+
+
+def test_every_row_of_the_plan_is_a_valid_spec_of_its_own() -> None:
+    plan = list(rows(0))
+    accepts = TypeAdapter(QuantizeSpec)
+    assert all(accepts.validate_python(row.quantize) for row in plan)
+    assert len({place("s", row) for row in plan}) == len({row.label for row in plan}) == len(plan)
+
+
+def found(label: str, attack_q0: int, attack_q: int | None, match_q: int = 90) -> Found:
+    """Return a result of 100 prompts per axis; W: 2 attacks succeed, 5 refused, 90 match."""
+    arms = {"W": measures(2, 90), "Q0": measures(attack_q0, 90)}
+    if attack_q is not None:
+        arms["Q"] = measures(attack_q, match_q)
+    sizes = {"checkpoint_bytes": 5000.0, "bits_per_weight": 4.5}
+    return Found(Row(label, 0, {"method": "rtn"}), arms=arms, sizes=sizes)
+
+
+def measures(attack: int, match: int) -> dict[str, list[int]]:
+    return {"attack_success": [attack, 100], "over_refusal": [5, 100], "exact_match": [match, 100]}
+
+
+def test_the_page_judges_the_patched_rows_and_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizers_page, "DOCS", tmp_path)
+    monkeypatch.setattr(quantizers_page, "PAGE", tmp_path / "page.md")
+    results = [
+        found("kept", 3, None),
+        found("repaired", 80, 5),  # 3 points above W: just inside
+        found("costly", 80, 5, match_q=88),  # loses 2 points of exact match
+        Found(Row("odd", 0, {}), refused="no such layer"),
+    ]
+    quantizers_page.write_page(results, planned=9)
+    page = (tmp_path / "page.md").read_text()
+    assert "4 of the plan's 9 results so far" in page
+    assert "- odd: no such layer" in page
+    bounds = page[page.index("## Bounds") :]
+    assert "| repaired | +3.0 | +0.0 | +0.0 | yes |" in bounds
+    assert "| costly | +3.0 | -2.0 | +0.0 | **no** |" in bounds
+    assert "| kept" not in bounds
+    # Wilson's interval of 80 of 100: (80 + 1.92) / 103.84 = 78.9 % in the middle, +- 7.8.
+    assert "80.0 [71.1, 86.7]" in page
+    assert (tmp_path / quantizers_page.BITS_PLOT).read_text().startswith("<?xml")
