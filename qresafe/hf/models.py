@@ -62,19 +62,23 @@ class ModelRef:
         return resolve(spec)
 
 
-def resolve(spec: ModelSpec) -> ModelRef:
+def resolve(spec: ModelSpec, key: str = "model.path") -> ModelRef:
     """Find the model that a spec names and check its files, without loading weights.
+
+    Args:
+        spec: What the user wrote.
+        key: Where, for error messages.
 
     Raises:
         ModelError: Neither a folder nor reachable on the hub, or no usable safetensors.
         CorruptArtifactError: A weight file is truncated.
     """
-    folder, revision = _folder(spec)
+    folder, revision = _folder(spec, key)
     check_folder(folder)
     return ModelRef(str(folder), spec.path, revision, spec.dtype, spec.trust_remote_code)
 
 
-def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
+def _folder(spec: ModelSpec, key: str) -> tuple[Path, str | None]:
     if spec.path == "embedded":
         from qresafe.embedded.build import embedded_model_path
 
@@ -89,7 +93,7 @@ def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
     if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.exists():
         kind = "file" if path.suffix == ".gguf" else "folder"
         remedy = "give an existing folder with config.json and *.safetensors, or a hub id"
-        raise ModelError(f"no model {kind} {spec.path!r}", where="model.path", remedy=remedy)
+        raise ModelError(f"no model {kind} {spec.path!r}", where=key, remedy=remedy)
     snapshot = _snapshot(spec.path, spec.revision)
     return snapshot, snapshot.name  # the hub cache names snapshots by commit
 

@@ -126,7 +126,7 @@ def _checkpoint(spec: QuantizeSpec) -> dict[str, str]:
     """Return the content of a checkpoint made elsewhere, as a stage input."""
     if not isinstance(spec, CheckpointSpec):
         return {}
-    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision))
+    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision), "quantize.path")
     return {"checkpoint": ModelInput.of(ref).key}
 
 
