@@ -279,9 +279,9 @@ def _check_adapter(folder: Path) -> None:
         raise ModelError("an adapter without safetensors", where=str(folder), remedy=remedy)
 
 
-def beside_the_codes(folder: str | Path) -> str | None:
+def beside_the_codes(folder: str | Path | UPath) -> str | None:
     """Return the file by which a checkpoint is more than its codes; other servers ignore it."""
-    return next((n for n in (ADAPTER_CONFIG, KEPT) if (Path(folder) / n).is_file()), None)
+    return next((n for n in (ADAPTER_CONFIG, KEPT) if (UPath(folder) / n).is_file()), None)
 
 
 def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:
