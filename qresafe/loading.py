@@ -114,12 +114,15 @@ def _set(data: dict[str, Any], override: str) -> None:
 def _leave_other_method(data: dict[str, Any], override: str, kind: type[BaseModel]) -> None:
     """Drop the file's settings of one method where an override asks for another one."""
     key, _, method = (part.strip() for part in override.partition("="))
-    held = data.get("quantize")
-    if key != "quantize.method" or not isinstance(held, dict):
+    *path, leaf = key.split(".")
+    held: Any = data
+    for part in path:
+        held = held.get(part) if isinstance(held, dict) else None
+    if leaf != "method" or path[:1] != ["quantize"] or not isinstance(held, dict):
         return
-    chosen = [k for k in _kinds_at(kind, ["quantize"]) if _tag(k) == method]
-    if chosen:
-        data["quantize"] = {k: v for k, v in held.items() if k in chosen[0].model_fields}
+    chosen = [k for k in _kinds_at(kind, path) if _tag(k) == method]
+    for other in set(held) - set(chosen[0].model_fields if chosen else held):
+        del held[other]
 
 
 def _explain(

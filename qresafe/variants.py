@@ -25,8 +25,15 @@ def with_changes(base: ExperimentSpec, changes: Mapping[str, Any]) -> Experiment
     data = base.model_dump(mode="json")
     quantize = changes.get("quantize")
     if isinstance(quantize, Mapping):
-        if quantize.get("method", data["quantize"]["method"]) != data["quantize"]["method"]:
-            data["quantize"] = {}
-        elif "risk" in (quantize.get("calibration") or {}):
-            data["quantize"].pop("calibration", None)
+        _leave_others(data["quantize"], quantize)
     return load_spec(ExperimentSpec, merged(data, changes))
+
+
+def _leave_others(held: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Drop a quantizer's keys that `changes` makes meaningless, and those of its base method."""
+    if changes.get("method", held["method"]) != held["method"]:
+        held.clear()
+    if "risk" in (changes.get("calibration") or {}):
+        held.pop("calibration", None)
+    if isinstance(base := changes.get("base"), Mapping) and "base" in held:
+        _leave_others(held["base"], base)

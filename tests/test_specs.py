@@ -15,6 +15,7 @@ from qresafe.loading import load_spec
 from qresafe.presets import load_experiment, preset_names
 from qresafe.quantize_specs import BnbSpec, CalibrationSpec, LlmQatSpec
 from qresafe.specs import ExperimentSpec, GenerateSpec, ObjectiveSpec, PatchSpec
+from qresafe.variants import with_changes
 
 
 def write(folder: Path, text: str) -> Path:
@@ -206,6 +207,16 @@ def test_a_yaml_file_may_say_on_without_quotes(tmp_path: Path) -> None:
 def test_a_key_in_an_url_is_not_repeated() -> None:
     text = message(None, "evaluate.judges=[{judge: llm, model: x, endpoint: 'http://hunter2@h'}]")
     assert "hunter2" not in text
+
+
+def test_another_base_method_leaves_the_keys_of_the_one_before() -> None:
+    resolved = load_spec(ExperimentSpec, None, ["quantize.method=critical16"])
+    held = resolved.model_dump(mode="json")  # what `qresafe show` prints, base: {bits: 4, ...}
+    wanted = BnbSpec(format="fp4")
+    spec = load_spec(ExperimentSpec, held, ["quantize.base.method=bnb", "quantize.base.format=fp4"])
+    assert spec.quantize.base == wanted  # type: ignore[union-attr]
+    change = {"quantize": {"base": {"method": "bnb", "format": "fp4"}}}
+    assert with_changes(resolved, change) == spec
 
 
 def test_a_nested_method_keeps_its_default_and_names_what_it_may_be() -> None:

@@ -62,19 +62,23 @@ class ModelRef:
         return resolve(spec)
 
 
-def resolve(spec: ModelSpec) -> ModelRef:
+def resolve(spec: ModelSpec, key: str = "model.path") -> ModelRef:
     """Find the model that a spec names and check its files, without loading weights.
+
+    Args:
+        spec: What the user wrote.
+        key: Where, for error messages.
 
     Raises:
         ModelError: Neither a folder nor reachable on the hub, or no usable safetensors.
         CorruptArtifactError: A weight file is truncated.
     """
-    folder, revision = _folder(spec)
+    folder, revision = _folder(spec, key)
     check_folder(folder)
     return ModelRef(str(folder), spec.path, revision, spec.dtype, spec.trust_remote_code)
 
 
-def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
+def _folder(spec: ModelSpec, key: str) -> tuple[Path, str | None]:
     if spec.path == "embedded":
         from qresafe.embedded.build import embedded_model_path
 
@@ -89,7 +93,7 @@ def _folder(spec: ModelSpec) -> tuple[Path, str | None]:
     if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.exists():
         kind = "file" if path.suffix == ".gguf" else "folder"
         remedy = "give an existing folder with config.json and *.safetensors, or a hub id"
-        raise ModelError(f"no model {kind} {spec.path!r}", where="model.path", remedy=remedy)
+        raise ModelError(f"no model {kind} {spec.path!r}", where=key, remedy=remedy)
     snapshot = _snapshot(spec.path, spec.revision)
     return snapshot, snapshot.name  # the hub cache names snapshots by commit
 
@@ -275,9 +279,9 @@ def _check_adapter(folder: Path) -> None:
         raise ModelError("an adapter without safetensors", where=str(folder), remedy=remedy)
 
 
-def beside_the_codes(folder: str | Path) -> str | None:
+def beside_the_codes(folder: str | Path | UPath) -> str | None:
     """Return the file by which a checkpoint is more than its codes; other servers ignore it."""
-    return next((n for n in (ADAPTER_CONFIG, KEPT) if (Path(folder) / n).is_file()), None)
+    return next((n for n in (ADAPTER_CONFIG, KEPT) if (UPath(folder) / n).is_file()), None)
 
 
 def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:

@@ -160,8 +160,8 @@ def apply_kept(model: Any, folder: Path) -> None:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _apply(layer: nn.Module, grid: KeptGrid, codes: Tensor) -> None:
-    weight = layer.weight
-    if weight.is_floating_point() and tuple(weight.shape) == grid.shape:
+    weight = getattr(layer, "weight", None)  # AQLM's layers have codes and codebooks instead
+    if weight is not None and weight.is_floating_point() and tuple(weight.shape) == grid.shape:
         values = grid.values.to(device=weight.device, dtype=weight.dtype)
         weight.view(-1)[grid.positions.to(weight.device)] = values
         return
@@ -172,7 +172,7 @@ def _apply(layer: nn.Module, grid: KeptGrid, codes: Tensor) -> None:
     matrix = (
         torch.sparse_coo_tensor(places, gap, grid.shape, check_invariants=True)
         .coalesce()
-        .to(weight.device)
+        .to(next(layer.parameters()).device)
     )
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

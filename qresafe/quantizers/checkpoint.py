@@ -75,7 +75,7 @@ def find(spec: CheckpointSpec, source: Path) -> ModelRef:
         ModelError: No such checkpoint, it is not quantized, or of another model than W.
         CorruptArtifactError: A file is damaged.
     """
-    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision))
+    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision), "quantize.path")
     config, full = read_config(ref.path), read_config(source)
     if "quantization_config" not in config:
         remedy = "give it as model.path, and a method that quantizes it"

@@ -17,7 +17,7 @@ from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, QuantizeSpec
 from qresafe.quantizers.checkpoint import find
-from qresafe.registry import quantizers
+from qresafe.registry import judges, quantizers
 from qresafe.specs import ModelSpec
 from qresafe.stages.arms import require_same
 from qresafe.stages.generate import template_key
@@ -75,10 +75,15 @@ def quantize(
 def check_ready(spec: QuantizeSpec, model: ModelInput) -> None:
     """Check a checkpoint that is made already: of this model, and asked by the same template.
 
+    Of critical16, that there is such a judge.
+
     Raises:
+        SpecError: A judge is not registered.
         ModelError: It is missing, damaged, not quantized, or of another model than W.
         DataError: Its chat template is not W's.
     """
+    if isinstance(spec, Critical16Spec):
+        judges.get(spec.judge)
     if not isinstance(spec, CheckpointSpec):
         return
     found = find(spec, Path(model.ref.on_this_machine().path))
@@ -121,7 +126,7 @@ def _checkpoint(spec: QuantizeSpec) -> dict[str, str]:
     """Return the content of a checkpoint made elsewhere, as a stage input."""
     if not isinstance(spec, CheckpointSpec):
         return {}
-    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision))
+    ref = resolve(ModelSpec(path=spec.path, revision=spec.revision), "quantize.path")
     return {"checkpoint": ModelInput.of(ref).key}
 
 

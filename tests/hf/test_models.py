@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from upath import UPath
 
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf import models
@@ -99,3 +100,11 @@ def test_the_fingerprint_follows_the_weights_alone(copy: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     assert models.fingerprint(copy) != before
+
+
+def test_what_lies_beside_the_codes_is_seen_on_remote_storage_too() -> None:
+    folder = UPath("memory://beside/the/codes")
+    folder.mkdir(parents=True)
+    assert models.beside_the_codes(str(folder)) is None
+    (folder / "critical16.safetensors").write_bytes(b"")
+    assert models.beside_the_codes(str(folder)) == "critical16.safetensors"

@@ -18,7 +18,7 @@ from qresafe.hf.checkpoint import QuantizedCheckpoint, bits_per_weight, load_den
 from qresafe.hf.generate import generate_batch
 from qresafe.hf.models import load_model, load_tokenizer
 from qresafe.judges.base import Verdict
-from qresafe.quantize_specs import BnbSpec, Critical16Spec, QloraSpec, RtnSpec
+from qresafe.quantize_specs import AqlmSpec, BnbSpec, Critical16Spec, QloraSpec, RtnSpec
 from qresafe.quantizers import critical16, rtn
 from qresafe.specs import GenerateSpec
 
@@ -95,6 +95,17 @@ def test_the_overlay_is_deployed_as_it_is_decoded(
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")(IDS).logits
     assert not torch.allclose(plain, theirs, atol=1e-2)  # as the manifest says
+
+
+def test_the_overlay_of_layers_without_weights_is_deployed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    few = {"sequences": 2, "max_length": 32, "rounds": 1, "beam": 1, "finetune_steps": 0}
+    base = AqlmSpec(codebook_bits=4, **few)  # loaded, its layers hold codes and codebooks
+    critical16.quantize(tiny_llama, tmp_path, spec(base=base))
+    ours = load_dense(tmp_path / "checkpoint")[0](IDS).logits
+    theirs = load_model(tmp_path / "checkpoint")(IDS).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_whole_layers_are_served_by_plain_transformers(tiny_llama: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_what_is_not_w_quantized_is_refused(teacher: ModelInput, tmp_path: Path)
         with pytest.raises(kind, match=message):
             staged(run, teacher, Path(path))
 
-    refused(tmp_path / "nothing", "no model folder")
+    refused(tmp_path / "nothing", "no model folder .* in quantize.path")
     refused(teacher.ref.path, "not quantized")
     write_awq(tmp_path / "large", save_tiny_llama(tmp_path / "w", hidden=128))
     refused(tmp_path / "large", "another model than W: its hidden_size is 128, not 64")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from qresafe.artifacts import Run
-from qresafe.hf.models import resolve
+from qresafe.errors import SpecError
+from qresafe.hf.models import ModelRef, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.quantize_specs import CalibrationSpec, Critical16Spec, LlmQatSpec, RtnSpec
 from qresafe.specs import ModelSpec
-from qresafe.stages.quantize import _calibration, _key_spec, quantize
+from qresafe.stages.quantize import _calibration, _key_spec, check_ready, quantize
 
 
 def test_epochs_are_in_the_key_only_where_somebody_asked_for_them() -> None:
@@ -30,6 +33,12 @@ def test_what_a_nested_method_learns_from_is_an_input(tmp_path: Path) -> None:
         found.append(_calibration(Critical16Spec(base=base)))
     assert found[0]["base calibration"] != found[1]["base calibration"]
     assert found[0]["prompts"] == found[1]["prompts"]
+
+
+def test_a_judge_that_is_not_there_is_said_before_any_work() -> None:
+    nowhere = ModelInput(ModelRef("/nowhere", "w"), "key")
+    with pytest.raises(SpecError, match="unknown judge 'keywrd': did you mean keyword"):
+        check_ready(Critical16Spec(judge="keywrd"), nowhere)
 
 
 def test_the_manifest_counts_bits_per_weight(tiny_llama: Path, tmp_path: Path) -> None:
