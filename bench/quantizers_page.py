@@ -96,7 +96,9 @@ def _share(rows: Rows, arm: str, measure: str, interval: bool = False) -> str:
         return "–"
     each = [100 * yes / max(n, 1) for yes, n in counts]
     text = f"{sum(each) / len(each):.1f}"
-    if len(each) > 1:
+    if len(counts) < len(rows):
+        text += f" ({len(counts)} of {len(rows)} seeds)"
+    elif len(each) > 1:
         text += " (" + "/".join(f"{value:.1f}" for value in each) + ")"
     if interval:
         low, high = wilson(sum(yes for yes, _ in counts), sum(n for _, n in counts))
