@@ -165,21 +165,11 @@ def measured(row: Row, storage: str) -> Found:
     return Found(
         row=row,
         arms=arms,
-        sizes={
-            "checkpoint_bytes": counts["checkpoint_bytes"],
-            "bits_per_weight": counts.get("bits_per_weight") or bits_of(made),
-        },
+        sizes={name: counts[name] for name in ("checkpoint_bytes", "bits_per_weight")},
         quantize_seconds=made.manifest.seconds,
         peak_mb=peak,
         **patched,
     )
-
-
-def bits_of(made: Any) -> float:
-    """Return the bits per weight of a Q0 that was made before its manifest counted them."""
-    from qresafe.hf.checkpoint import bits_per_weight
-
-    return bits_per_weight(made.path / "checkpoint", ())
 
 
 def experiment_of(row: Row, storage: str) -> Any:

@@ -29,7 +29,8 @@ def bits_plot(whole: Table, file: Path) -> None:
                 _lines(panel, name, rows, paints[name])
         panel.set(title=f"risk {risk}", xlabel="bits per weight", ylim=(-4, 108))
     panels[0].set_ylabel("attack success, %")
-    panels[0].legend(frameon=False, fontsize=7, title="Q0 solid, Q dashed", title_fontsize=7)
+    if families:
+        panels[0].legend(frameon=False, fontsize=7, title="Q0 solid, Q dashed", title_fontsize=7)
     _save(figure, file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_prune_shows_asks_and_only_then_removes(
     (work,) = Path(storage).glob("runs/a/quantize/*/work")
     assert run("prune", "--storage", storage, "--dry-run") == 0
     assert "2.0 KiB" in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", open("/dev/null"))  # noqa: SIM115
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     assert run("prune", "--storage", storage) == 1  # nobody says yes
     assert work.exists()
     assert run("prune", "--storage", storage, "--yes") == 0

@@ -13,42 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qresafe.core.grids import Grid
+from qresafe.core.wrapped import WrappedGrid
 
 
 @dataclass(frozen=True)
-class OverlaidGrid(ABC):
-    """A grid that decodes to `base`'s weights with something done to them.
-
-    Args:
-        base: The grid of the codes.
-    """
-
-    base: Grid
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def code_shape(self) -> tuple[int, ...]:
-        return self.base.code_shape
-
-    @property
-    def low(self) -> int:
-        return self.base.low
-
-    @property
-    def high(self) -> int:
-        return self.base.high
-
-    @property
-    def row_step(self) -> int:
-        return self.base.row_step
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
+class OverlaidGrid(WrappedGrid, ABC):
+    """A grid that decodes to `base`'s weights with something done to them."""
 
     @abstractmethod
     def rows(self, block: slice) -> OverlaidGrid:

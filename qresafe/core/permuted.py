@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qresafe.core.grids import Grid
+from qresafe.core.wrapped import WrappedGrid
 
 
 @dataclass(frozen=True)
-class PermutedGrid:
+class PermutedGrid(WrappedGrid):
     """`base` on the weight's columns in the order `order`; codes stay in the stored order.
 
     Args:
@@ -21,37 +22,12 @@ class PermutedGrid:
         order: int64 permutation of the `in` columns that brings each group together.
     """
 
-    base: Grid
     order: Tensor
 
     @classmethod
     def by_group(cls, base: Grid, group_of: Tensor) -> PermutedGrid:
         """Return the grid for columns that belong to group `group_of[column]` of `base`."""
         return cls(base, torch.argsort(group_of.long(), stable=True))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def code_shape(self) -> tuple[int, ...]:
-        return self.base.code_shape
-
-    @property
-    def low(self) -> int:
-        return self.base.low
-
-    @property
-    def high(self) -> int:
-        return self.base.high
-
-    @property
-    def row_step(self) -> int:
-        return self.base.row_step
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
 
     def rows(self, block: slice) -> PermutedGrid:
         return replace(self, base=self.base.rows(block))
