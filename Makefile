@@ -17,8 +17,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/qresafe demo
 
+# Two at a time, a file in one process: many tests wait for Ray rather than compute.
 test: install lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 unit: install
 	$(BIN)/pytest -m "not ray and not gpu"
