@@ -21,6 +21,7 @@ from qresafe.commands import (
     judging,
     patch,
     quantizers,
+    reproduce,
     runs,
     search,
     submit,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "run": experiment.run,
         "show": experiment.show,
         "search": search.search,
+        "reproduce": reproduce.reproduce,
         "submit": submit.submit,
     },
     STAGES: {

@@ -1,0 +1,144 @@
+"""`qresafe reproduce`: the paper's tables, answered for a model."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qresafe.commands.options import AsJson, Overrides, Storage, Workers
+
+if TYPE_CHECKING:
+    from qresafe.stages.reproduce.filled import FilledRow
+    from qresafe.stages.reproduce.plan import PlannedArm
+
+ALL = "all"
+
+
+def reproduce(
+    tables: Annotated[
+        list[str],
+        typer.Argument(help="table3 ... table13, figure1 (the paper's numbers), or all."),
+    ],
+    preset: Annotated[
+        str, typer.Option(help="embedded (CPU, minutes a row), llama2-7b or gemma-7b.")
+    ] = "embedded",
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="May be given several times.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")
+    ] = False,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer tables of the paper for a model: its value, ours with intervals, the difference.
+
+    The rows of all tables share one run per seed, so what one table has made, another reuses, and
+    the same command again continues where it was stopped. Pages go to STORAGE/reproduce/PRESET/.
+    """
+    from qresafe.stages.reproduce.plan import planned
+    from qresafe.stages.reproduce.tables import paper_table, table_names
+    from qresafe.stages.reproduce.tables import preset as named
+
+    asked = table_names() if ALL in tables else tuple(tables)
+    given = list(overrides or [])
+    if workers is not None:
+        given.append(f"resources.workers={workers}")
+    model = named(preset)
+    plans = {name: planned(paper_table(name), model, given) for name in asked}
+    if dry_run:
+        _tell_plan(plans, seeds or [0])
+        return
+    found = _measure(plans, preset, seeds or [0], storage or ".")
+    _write(plans, found, preset, storage or ".", as_json=as_json)
+
+
+def _measure(
+    plans: dict[str, list[PlannedArm]], preset: str, seeds: list[int], storage: str
+) -> dict[str, list[FilledRow]]:
+    """Return table -> its rows, all seeds."""
+    from qresafe.artifacts import Run
+    from qresafe.commands.running import started
+    from qresafe.console import progress_on
+    from qresafe.driver_lock import sole_driver
+    from qresafe.stages.reproduce.filled import filled, run_name
+
+    found: dict[str, list[FilledRow]] = {name: [] for name in plans}
+    first = next(arm.spec for arms in plans.values() for arm in arms if arm.spec)
+    with progress_on() as progress, closing(started(first, progress)) as runtime:
+        for seed in seeds:
+            run = {"name": run_name(preset, seed), "storage": storage}
+            with sole_driver(Run(storage, run["name"]).root):
+                for name, arms in plans.items():
+                    found[name] += filled(arms, seed, run, runtime, progress)
+    return found
+
+
+def _write(
+    plans: dict[str, list[PlannedArm]],
+    found: dict[str, list[FilledRow]],
+    preset: str,
+    storage: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Write a page and its figures for each table, and tell where they are."""
+    from upath import UPath
+
+    from qresafe.artifacts import write_text
+    from qresafe.stages.reproduce.page import page
+    from qresafe.stages.reproduce.tables import paper_table
+    from qresafe.stages.reproduce.tables import preset as named
+
+    folder = UPath(storage) / "reproduce" / preset
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {}
+    for name, arms in plans.items():
+        rows = found[name]
+        about = f"Made by `{_command(name, preset, rows)}` on {_when_and_where()}."
+        text = page(paper_table(name), arms, rows, named(preset), about)
+        data = [row.model_dump() for row in rows]
+        write_text(folder / f"{name}.md", text)
+        write_text(folder / f"{name}.json", json.dumps(data, indent=1))
+        told[name] = {"page": str(folder / f"{name}.md"), "rows": data}
+        if not as_json:
+            typer.echo(f"{text}\npage: {folder / name}.md")
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+
+
+def _command(name: str, preset: str, rows: list[FilledRow]) -> str:
+    seeds = " ".join(f"--seed {seed}" for seed in dict.fromkeys(row.seed for row in rows))
+    return f"qresafe reproduce {name} --preset {preset} {seeds}"
+
+
+def _when_and_where() -> str:
+    from datetime import UTC, datetime
+
+    from qresafe.artifacts import hardware
+
+    machine = hardware()
+    return f"{datetime.now(UTC):%Y-%m-%d}, {machine['cpus']} CPU cores ({machine['machine']})"
+
+
+def _tell_plan(plans: dict[str, list[PlannedArm]], seeds: list[int]) -> None:
+    from qresafe.console import table
+    from qresafe.stages.reproduce.tables import paper_table
+
+    for name, arms in plans.items():
+        typer.echo(f"\n{name}: {paper_table(name).title}; {len(seeds)} seed(s)")
+        rows = [
+            [
+                arm.arm.title,
+                arm.spec.quantize.method if arm.spec else f"not here: {arm.absent}",
+                "yes" if arm.patched else "no",
+                ", ".join(arm.cells),
+            ]
+            for arm in arms
+        ]
+        table(["row", "quantizer", "patched", "measured"], rows, words=True)
