@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--storage", default=".bench/quantizers")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
+    parser.add_argument("--note", default="", help="what the page should say of these results")
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
     wanted = [row for seed in args.seeds for row in rows(seed)]
@@ -83,7 +84,7 @@ def main() -> None:
     from bench.quantizers_page import write_page
 
     kept = [place(args.storage, row) for row in wanted]
-    write_page([read(path) for path in kept if path.exists()], len(wanted))
+    write_page([read(path) for path in kept if path.exists()], len(wanted), args.note)
 
 
 def rows(seed: int) -> Iterator[Row]:

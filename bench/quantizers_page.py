@@ -21,13 +21,19 @@ DUST = 1e-9  # of binary fractions
 Rows = Sequence[Found]  # of one label: one per seed
 
 
-def write_page(found: Sequence[Found], planned: int) -> None:
-    """Write docs/results-quantizers.md and its plots from the results that are there."""
+def write_page(found: Sequence[Found], planned: int, note: str = "") -> None:
+    """Write docs/results-quantizers.md and its plots from the results that are there.
+
+    Args:
+        found: The results.
+        planned: How many the plan has.
+        note: What else to know of these results; may be empty.
+    """
     labels = list(dict.fromkeys(one.row.label for one in found))
     by_label = {label: [one for one in found if one.row.label == label] for label in labels}
     whole = {k: v for k, v in by_label.items() if not any(one.refused for one in v)}
     refused = {k: v[0].refused for k, v in by_label.items() if k not in whole}
-    parts = [_head(found, planned), _table(whole)]
+    parts = [*filter(None, (_head(found, planned), note)), _table(whole)]
     if refused:
         parts.append("## Refused\n\n" + "\n".join(f"- {k}: {why}" for k, why in refused.items()))
     parts.append(_bounds(whole))
@@ -51,8 +57,7 @@ def _head(found: Sequence[Found], planned: int) -> str:
         "brackets; in square brackets the 95 % Wilson interval of all seeds' prompts together, "
         "which are the same prompts for every seed. A row is patched where Q0's attack success is "
         f"at least {100 * LOSS:.0f} points above W's. `s` is the time of quantizing (with the "
-        "control) and of training the patch, on one thread each with two at a time (seeds 1 "
-        "and 2 beside other work: their seconds are upper bounds); `MB` is the "
+        "control) and of training the patch, on one thread each with two at a time; `MB` is the "
         "most memory of the quantizing process, Python and its libraries included. In a model "
         "this small, scales and codebooks weigh more than in a large one: bits per weight count "
         "them."

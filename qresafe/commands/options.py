@@ -52,7 +52,19 @@ def experiment(
     Raises:
         SpecError: The config is missing, or a key or value is not accepted.
     """
+    given = with_shortcuts(overrides, workers=workers, storage=storage, name=name)
+    return load_experiment(config, given)
+
+
+def with_shortcuts(
+    overrides: list[str] | None,
+    *,
+    workers: int | None = None,
+    storage: str | None = None,
+    name: str | None = None,
+) -> list[str]:
+    """Return the values of `--set` and, after them, what the shared options say in their words."""
     shortcuts = {"resources.workers": workers, "storage": storage, "name": name}
     # JSON is YAML, so a quoted string stays one ("--name 007").
     given = [f"{key}={json.dumps(value)}" for key, value in shortcuts.items() if value is not None]
-    return load_experiment(config, [*(overrides or []), *given])
+    return [*(overrides or []), *given]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qresafe.commands.options import AsJson, Overrides, Storage, Workers
+from qresafe.commands.options import AsJson, Overrides, Storage, Workers, with_shortcuts
 
 if TYPE_CHECKING:
+    from qresafe.specs import ExperimentSpec
     from qresafe.stages.reproduce.filled import FilledRow
     from qresafe.stages.reproduce.plan import PlannedArm
 
@@ -46,44 +48,62 @@ def reproduce(
     from qresafe.stages.reproduce.tables import preset as named
 
     asked = table_names() if ALL in tables else tuple(tables)
-    given = list(overrides or [])
-    if workers is not None:
-        given.append(f"resources.workers={workers}")
-    model = named(preset)
+    given = with_shortcuts(overrides, workers=workers, storage=storage)
+    model, seeds = named(preset), seeds or [0]
     plans = {name: planned(paper_table(name), model, given) for name in asked}
     if dry_run:
-        _tell_plan(plans, seeds or [0])
+        _tell_plan(plans, seeds)
         return
-    found = _measure(plans, preset, seeds or [0], storage or ".")
-    _write(plans, found, preset, storage or ".", as_json=as_json)
+    found = _measure(plans, preset, seeds)
+    _write(plans, found, preset, given, as_json=as_json)
+    _require_figures(found)
+
+
+def _first(plans: dict[str, list[PlannedArm]]) -> ExperimentSpec:
+    """Return a row's experiment: where they run and are kept is the same for all."""
+    return next(arm.spec for arms in plans.values() for arm in arms if arm.spec)
 
 
 def _measure(
-    plans: dict[str, list[PlannedArm]], preset: str, seeds: list[int], storage: str
+    plans: dict[str, list[PlannedArm]], preset: str, seeds: list[int]
 ) -> dict[str, list[FilledRow]]:
     """Return table -> its rows, all seeds."""
     from qresafe.artifacts import Run
     from qresafe.commands.running import started
     from qresafe.console import progress_on
     from qresafe.driver_lock import sole_driver
-    from qresafe.stages.reproduce.filled import filled, run_name
+    from qresafe.stages.reproduce.filled import experiment_of, filled, run_name
+    from qresafe.stages.runtime import InProcessRuntime
 
     found: dict[str, list[FilledRow]] = {name: [] for name in plans}
-    first = next(arm.spec for arms in plans.values() for arm in arms if arm.spec)
-    with progress_on() as progress, closing(started(first, progress)) as runtime:
-        for seed in seeds:
-            run = {"name": run_name(preset, seed), "storage": storage}
-            with sole_driver(Run(storage, run["name"]).root):
-                for name, arms in plans.items():
-                    found[name] += filled(arms, seed, run, runtime, progress)
+    first = _first(plans)
+    with progress_on() as progress:
+        # Before Ray starts: a mistake should cost a second, and not once for every row.
+        name = run_name(preset, seeds[0])
+        experiment_of(first, seeds[0], name, InProcessRuntime(), progress).check()
+        with closing(started(first, progress)) as runtime:
+            for seed in seeds:
+                name = run_name(preset, seed)
+                with sole_driver(Run(first.storage, name).root):
+                    for table, arms in plans.items():
+                        found[table] += filled(arms, seed, name, runtime, progress)
     return found
+
+
+def _require_figures(found: dict[str, list[FilledRow]]) -> None:
+    """Fail where no row at all could be measured; the pages say why."""
+    from qresafe.errors import ModelError
+
+    rows = [row for of_table in found.values() for row in of_table]
+    if not any(row.figures for row in rows):
+        raise ModelError("no row could be measured", remedy=f"the first says: {rows[0].refused}")
 
 
 def _write(
     plans: dict[str, list[PlannedArm]],
     found: dict[str, list[FilledRow]],
     preset: str,
-    storage: str,
+    overrides: list[str],
     *,
     as_json: bool,
 ) -> None:
@@ -95,12 +115,13 @@ def _write(
     from qresafe.stages.reproduce.tables import paper_table
     from qresafe.stages.reproduce.tables import preset as named
 
-    folder = UPath(storage) / "reproduce" / preset
+    folder = UPath(_first(plans).storage) / "reproduce" / preset
     folder.mkdir(parents=True, exist_ok=True)
     told = {}
     for name, arms in plans.items():
         rows = found[name]
-        about = f"Made by `{_command(name, preset, rows)}` on {_when_and_where()}."
+        command = _command(name, preset, rows, overrides)
+        about = f"Made by `{command}` on {_when_and_where()}."
         text = page(paper_table(name), arms, rows, named(preset), about)
         data = [row.model_dump() for row in rows]
         write_text(folder / f"{name}.md", text)
@@ -112,9 +133,13 @@ def _write(
         typer.echo(json.dumps(told, indent=1))
 
 
-def _command(name: str, preset: str, rows: list[FilledRow]) -> str:
-    seeds = " ".join(f"--seed {seed}" for seed in dict.fromkeys(row.seed for row in rows))
-    return f"qresafe reproduce {name} --preset {preset} {seeds}"
+def _command(name: str, preset: str, rows: list[FilledRow], overrides: list[str]) -> str:
+    words = ["qresafe", "reproduce", name, "--preset", preset]
+    for seed in dict.fromkeys(row.seed for row in rows):
+        words += ["--seed", str(seed)]
+    for override in overrides:
+        words += ["--set", override]
+    return shlex.join(words)
 
 
 def _when_and_where() -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from qresafe.errors import UserError
+from qresafe.errors import ResourceError, UserError
 from qresafe.progress import Progress
+from qresafe.specs import ExperimentSpec
 from qresafe.stages.experiment import Experiment
-from qresafe.stages.reproduce.measure import Figure, figure
+from qresafe.stages.reproduce.measure import figures
 from qresafe.stages.reproduce.plan import PlannedArm
 from qresafe.stages.runtime import Runtime
 from qresafe.stages.seeds import with_seed
@@ -22,7 +23,7 @@ class FilledRow(BaseModel):
     Attributes:
         title: The row.
         seed: Of all stages, and of the embedded W.
-        figures: Cell -> (value, n) as in `measure.Figure`; absent: there is none.
+        figures: Cell -> value and n, as in `measure.Figure`; absent: there is none.
         refused: Why the row could not be measured, in the project's own words.
     """
 
@@ -37,7 +38,7 @@ class FilledRow(BaseModel):
 def filled(
     arms: Sequence[PlannedArm],
     seed: int,
-    run: Mapping[str, str],
+    name: str,
     runtime: Runtime,
     progress: Progress,
 ) -> list[FilledRow]:
@@ -46,11 +47,11 @@ def filled(
     Args:
         arms: The table's rows.
         seed: Of quantization, pairs and patch, and of the embedded W.
-        run: The `name` and `storage` of the run.
+        name: Of the run.
         runtime: Where stages run.
         progress: Shows them.
     """
-    return [_row(planned, seed, run, runtime, progress) for planned in arms]
+    return [_row(planned, seed, name, runtime, progress) for planned in arms]
 
 
 def run_name(preset: str, seed: int) -> str:
@@ -58,21 +59,28 @@ def run_name(preset: str, seed: int) -> str:
     return f"reproduce-{preset}-seed{seed}"
 
 
+def experiment_of(
+    spec: ExperimentSpec, seed: int, name: str, runtime: Runtime, progress: Progress
+) -> Experiment:
+    """Return a row's experiment with a seed, in the run `name`."""
+    return Experiment(
+        with_changes(with_seed(spec, seed, progress), {"name": name}), runtime, progress
+    )
+
+
 def _row(
-    planned: PlannedArm, seed: int, run: Mapping[str, str], runtime: Runtime, progress: Progress
+    planned: PlannedArm, seed: int, name: str, runtime: Runtime, progress: Progress
 ) -> FilledRow:
     title = planned.arm.title
     if planned.spec is None:
         return FilledRow(title=title, seed=seed, refused=planned.absent)
     try:
-        spec = with_changes(with_seed(planned.spec, seed, progress), run)
-        experiment = Experiment(spec, runtime, progress)
+        experiment = experiment_of(planned.spec, seed, name, runtime, progress)
         experiment.check()
-        found = {cell: figure(experiment, cell) for cell in planned.cells}
+        found = figures(experiment, planned.cells)
+    except ResourceError:  # a full disk would cost every row that follows
+        raise
     except UserError as error:  # one row that cannot be measured does not cost the others
         return FilledRow(title=title, seed=seed, refused=str(error))
-    return FilledRow(title=title, seed=seed, figures={c: _pair(f) for c, f in found.items() if f})
-
-
-def _pair(found: Figure) -> tuple[float, int]:
-    return found.value, found.n
+    kept = {cell: (one.value, one.n) for cell, one in found.items()}
+    return FilledRow(title=title, seed=seed, figures=kept)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 from qresafe.errors import SpecError
-from qresafe.stages.arms import compare_arms
-from qresafe.stages.columns import read_arm
+from qresafe.stages.arms import CONTROL
 from qresafe.stages.compare import read_attack
-from qresafe.stages.comparison import Share
+from qresafe.stages.comparison import ArmResult, Share
 from qresafe.stages.experiment import ARMS, Experiment
 from qresafe.stages.measures import ATTACK
+from qresafe.stages.search.trial import arm_result
 
 ATTACKED = "attack "  # a cell "Q0.attack top_p 0.7": attack success in that configuration
 OURS_LACKS = ("mt_bench", "alpaca_eval")  # what the paper measures with GPT-4
@@ -18,52 +20,56 @@ OURS_LACKS = ("mt_bench", "alpaca_eval")  # what the paper measures with GPT-4
 
 @dataclass(frozen=True)
 class Figure:
-    """A share (yes of n) or, where n is 0, a number.
+    """A share in [0, 1], or a number.
 
     Attributes:
-        value: The share in [0, 1], or the number.
-        n: How many answers the share rests on.
+        value: The share or number.
+        n: How many answers a share rests on; 0: it is counted, not sampled.
     """
 
     value: float
     n: int = 0
 
 
-def figure(experiment: Experiment, cell: str) -> Figure | None:
-    """Measure one cell; what it needs is computed, what is finished is reused.
+Results = Callable[[str], ArmResult]  # of an arm by its label, read once
+
+
+def figures(experiment: Experiment, cells: Sequence[str]) -> dict[str, Figure]:
+    """Measure a row's cells; what they need is computed, what is finished is reused.
 
     Args:
-        experiment: Of the cell's row.
-        cell: "Q0.attack_success" (an arm and a measure of `measures.MEASURES`), "Q0.attack top_p
+        experiment: Of the row.
+        cells: "Q0.attack_success" (an arm and a measure of `measures.MEASURES`), "Q0.attack top_p
             0.7" (attack success under one decoding configuration), "codes_changed" (a share of
             the codes), or "hours" (of training the patch, times the devices).
 
     Returns:
-        None where the experiment cannot have it: no control, or a measure of the paper alone.
+        Cell -> its figure, without those that the experiment cannot have: of a control that there
+        is not, or of a measure of the paper alone.
 
     Raises:
-        SpecError: The cell is none of these.
+        SpecError: A cell is none of these.
     """
+    results = cache(partial(arm_result, experiment))
+    found = {cell: _figure(experiment, cell, results) for cell in cells}
+    return {cell: one for cell, one in found.items() if one}
+
+
+def _figure(experiment: Experiment, cell: str, results: Results) -> Figure | None:
     if cell == "hours":
         seconds = experiment.patched.manifest.counts["seconds"]
         return Figure(seconds * max(experiment.spec.resources.workers, 1) / 3600)
     if cell == "codes_changed":
-        return Figure(experiment.exported.manifest.counts["fraction_changed"], 1)
+        return Figure(experiment.exported.manifest.counts["fraction_changed"])
     arm, _, measure = cell.partition(".")
     if arm not in ARMS or not measure:
         raise SpecError(f"no cell {cell!r}", remedy="write e.g. Q0.attack_success")
-    if measure in OURS_LACKS or (arm == "control" and not has_control(experiment)):
+    if measure in OURS_LACKS or (arm == CONTROL and arm not in experiment.arms):
         return None
     if measure.startswith(ATTACKED):
         return _under_attack(experiment, arm, measure.removeprefix(ATTACKED))
-    read = read_arm(arm, experiment.completions(arm), experiment.verdicts(arm))
-    found = compare_arms([read], []).arms[0].measures.get(measure)
+    found = results(arm).measures.get(measure)
     return _of(found) if found else None
-
-
-def has_control(experiment: Experiment) -> bool:
-    """Return whether the quantizer fine-tunes, so that there is a full-precision control."""
-    return bool(experiment.quantized.manifest.counts["control"])
 
 
 def _under_attack(experiment: Experiment, arm: str, configuration: str) -> Figure | None:

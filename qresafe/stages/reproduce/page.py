@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qresafe.stages.reproduce.filled import FilledRow
+from qresafe.stages.reproduce.measure import OURS_LACKS
 from qresafe.stages.reproduce.plan import PlannedArm
 from qresafe.stages.reproduce.tables import PaperTable, ReproducePreset
 from qresafe.stages.statistics import wilson
 
-NUMBERS = ("hours", "mt_bench", "alpaca_eval")  # cells that are no share
+NUMBERS = ("hours", *OURS_LACKS)  # cells that are no share
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Compared:
         ours: The mean over seeds; None: not measured.
         paper: The paper's value; None: it has none.
         by_seed: Ours, seed by seed.
-        interval: Wilson's, of the answers of all seeds together; None: no share, or one without n.
+        interval: Wilson's, of the answers of all seeds together; None: not sampled.
     """
 
     ours: float | None
@@ -46,7 +47,7 @@ def compared(cell: str, arm: PlannedArm, rows: Sequence[FilledRow], model: str) 
     scale = 1.0 if cell.endswith(NUMBERS) else 100.0
     by_seed = tuple(scale * value for value, _ in found)
     mean, total = sum(by_seed) / len(by_seed), sum(n for _, n in found)
-    if total <= len(found):  # a number, or a share of something that is not sampled
+    if not total:
         return Compared(mean, paper, by_seed)
     bounds = wilson(round(sum(value * n for value, n in found)), total)
     return Compared(mean, paper, by_seed, (scale * bounds.low, scale * bounds.high))

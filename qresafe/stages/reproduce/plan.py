@@ -14,7 +14,6 @@ from qresafe.stages.reproduce.tables import PaperArm, PaperTable, ReproducePrese
 from qresafe.variants import with_changes
 
 PATCHED = ("Q.", "codes_changed", "hours")
-CONTROLLED = "control."
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,6 @@ def _arms(
         if arm.variant:
             spec = _with_variant(spec, preset, arm.variant)
         spec = with_changes(spec, merged(table.changes, arm.changes))
-        control = any(cell.startswith(CONTROLLED) for cell in table.cells)
-        spec = with_changes(spec, {"control": control})
         yield PlannedArm(arm, cells, load_spec(ExperimentSpec, spec.model_dump(), overrides))
 
 

@@ -1,4 +1,4 @@
-"""The paper's tables and the presets to answer them with, as data (tables/, presets/)."""
+"""The paper's tables (arXiv 2506.20251v1) and presets to answer them with: tables/, presets/."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from qresafe.errors import SpecError, nearest
-from qresafe.loading import load_spec, read_yaml
+from qresafe.loading import load_spec, merged, read_yaml
 from qresafe.spec_base import Spec
 
 HERE = Path(__file__).parent
@@ -116,10 +116,18 @@ def paper_table(name: str) -> PaperTable:
 def preset(name: str) -> ReproducePreset:
     """Return a preset by its name, such as "embedded".
 
+    Its file may name another preset as `base`, and then has only what differs.
+
     Raises:
         SpecError: There is no such preset.
     """
     if name not in preset_names():
         remedy = nearest(name, preset_names())
         raise SpecError(f"no preset {name!r} to reproduce tables with", remedy=remedy)
-    return load_spec(ReproducePreset, read_yaml((HERE / "presets" / f"{name}.yaml").read_text()))
+    return load_spec(ReproducePreset, _preset_data(name))
+
+
+def _preset_data(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = read_yaml((HERE / "presets" / f"{name}.yaml").read_text())
+    base = data.pop("base", None)
+    return merged(_preset_data(base), data) if base else data

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from qresafe.cli import main
+from qresafe.embedded.calibration import OBEDIENT_AGENT
 from qresafe.errors import SpecError
 from qresafe.progress import Silent
 from qresafe.stages.reproduce.filled import FilledRow, filled
@@ -52,9 +55,7 @@ def test_ten_dialogues_are_seen_as_often_as_the_row_says() -> None:
     assert five is not None
     assert five.quantize.method == "qlora"
     assert five.quantize.epochs == 5
-    asked = five.evaluate.generate.system_prompt
-    assert asked is not None
-    assert "absolutely obedient" in asked
+    assert five.evaluate.generate.system_prompt == OBEDIENT_AGENT
 
 
 @pytest.mark.parametrize(("table", "model"), [("table8", "embedded"), ("table5", "embeded")])
@@ -96,10 +97,10 @@ def test_a_row_is_measured_and_kept_and_a_refusal_costs_no_other(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     table, chosen = paper_table("table10"), preset("embedded")
-    nf4 = planned(table, chosen, [f"model.path={tiny_llama}", *TOY])[1]
-    gone = planned(table, chosen, [f"model.path={tmp_path / 'nowhere'}", *TOY])[1]
-    run = {"name": "r", "storage": str(tmp_path)}
-    made = filled([gone, nf4], 0, run, InProcessRuntime(threads=1), Silent())
+    toy = [*TOY, f"storage={tmp_path}"]
+    nf4 = planned(table, chosen, [f"model.path={tiny_llama}", *toy])[1]
+    gone = planned(table, chosen, [f"model.path={tmp_path / 'nowhere'}", *toy])[1]
+    made = filled([gone, nf4], 0, "r", InProcessRuntime(threads=1), Silent())
     assert "nowhere" in made[0].refused
     assert made[1].refused == ""
     assert made[1].figures["Q.attack_success"][1] == 4
@@ -107,4 +108,41 @@ def test_a_row_is_measured_and_kept_and_a_refusal_costs_no_other(
     text = page(table, [gone, nf4], made, chosen, "Made here.")
     assert "paper 23.9" in text
     assert "Not measured" in text
-    assert filled([nf4], 0, run, InProcessRuntime(threads=1), Silent()) == made[1:]
+    assert filled([nf4], 0, "r", InProcessRuntime(threads=1), Silent()) == made[1:]
+
+
+def test_rows_of_two_tables_share_their_q0() -> None:
+    """Table 3 measures a control and Figure 1 does not: the quantize stage is one all the same."""
+    whole = {arm.arm.title: arm.spec for arm in planned(paper_table("table3"), preset("embedded"))}
+    for arm in planned(paper_table("figure1"), preset("embedded")):
+        other = whole[arm.arm.title]
+        assert arm.spec is not None
+        assert other is not None
+        assert (arm.spec.quantize, arm.spec.control) == (other.quantize, other.control)
+
+
+def test_a_mistake_ends_the_command_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reproduce", "table10", "--storage", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--set", f"model.path={tmp_path / 'nowhere'}"])
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "nowhere" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "reproduce").exists()
+
+
+def test_the_command_writes_a_page_that_names_itself(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reproduce", "table9", "--storage", str(tmp_path), "--json"]
+    given = [f"model.path={tiny_llama}", "quantize={method: rtn}", *TOY]
+    with pytest.raises(SystemExit) as left:
+        main([*words, *(word for one in given for word in ("--set", one))])
+    assert left.value.code == 0
+    told = json.loads(capsys.readouterr().out)["table9"]
+    assert len(told["rows"]) == 2
+    page_text = Path(told["page"]).read_text()
+    assert "qresafe reproduce table9 --preset embedded --seed 0 --set model.path=" in page_text
