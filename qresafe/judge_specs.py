@@ -27,6 +27,7 @@ SECRET: Literal["secret"] = "secret"  # the kind of an error whose value must no
 class ClassifierSpec(Spec):
     """A Hugging Face model as judge: a sequence classifier, or a guard that writes its verdict."""
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"name"})
     judge: Literal["classifier"]
     name: str = ""  # what tables call it; empty: the template's name
     path: str  # a local folder or a hub id
@@ -93,6 +94,7 @@ class EndpointSpec(Spec):
 class LlmSpec(EndpointSpec):
     """A model behind an endpoint as judge, asked by a rubric."""
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"name"})
     judge: Literal["llm"]
     name: str = ""  # what tables call it; empty: llm-<rubric>
     rubric: Literal["harmfulness", "refusal"] = "harmfulness"

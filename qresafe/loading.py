@@ -13,9 +13,13 @@ from pydantic import BaseModel, ValidationError
 from qresafe.errors import SpecError, nearest
 from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES, SECRET
 from qresafe.registry import judges, quantizers
+from qresafe.spec_base import EMPTY
+from qresafe.spec_words import in_words
 from qresafe.specs import Spec
 
 S = TypeVar("S", bound=Spec)
+# Errors that are found in a mapping as a whole, not in one of its keys.
+WHOLE = ("value_error", "union_tag_invalid", "union_tag_not_found")
 
 
 class _Loader(yaml.SafeLoader):
@@ -135,7 +139,7 @@ def _explain(
     # pydantic puts a union's tag into the location; the user's key does not have it.
     tags = {*quantizers.names, *JUDGE_TAGS}
     key = ".".join(part for part in location if part not in tags)
-    if any(f"{key}.".startswith(f"{text.partition('=')[0].strip()}.") for text in overrides):
+    if _was_set(key, first["type"] in WHOLE, overrides):
         where = "--set"
     if first["type"] == "extra_forbidden":
         known = _keys_at(kind, location[:-1])
@@ -150,12 +154,23 @@ def _explain(
             return SpecError(f"unknown judge {tag!r} with settings", where=where, remedy=remedy)
         allowed = str(first.get("ctx", {}).get("expected_tags", ""))  # "'rtn', 'bnb'"
         remedy = nearest(tag, [name.strip(" '") for name in allowed.split(",")])
-        return SpecError(f"unknown quantizer {tag!r}", where=where, remedy=remedy)
+        what = f"unknown quantizer {tag!r}"
+        if tag in quantizers.names:
+            what = f"{tag} cannot be {key}"
+        elif not tag or tag == "None":
+            what = f"{key}.method: {EMPTY}"
+        return SpecError(what, where=where, remedy=remedy)
     value = first.get("input")
     plain = isinstance(value, str | int | float | bool) and first["type"] != SECRET
     shown = f" (got {value!r})" if plain else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return SpecError(f"{key or 'spec'}: {message}{shown}", where=where)
+    return SpecError(f"{key or 'spec'}: {in_words(first)}{shown}", where=where)
+
+
+def _was_set(key: str, whole: bool, overrides: Iterable[str]) -> bool:
+    """Return whether an override wrote `key`, or for an error of a whole mapping, into it."""
+    written = [f"{text.partition('=')[0].strip()}." for text in overrides]
+    below = whole and any(name.startswith(f"{key}.") for name in written)
+    return below or any(f"{key}.".startswith(name) for name in written)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qresafe.spec_base import AtLeastOne, Count, Fraction, Positive, Spec, Weight
 
@@ -29,12 +29,21 @@ class CalibrationSpec(Spec):
         return data
 
 
+def _some_weights(size: int) -> int:
+    if size != -1 and size < 1:
+        raise ValueError("must be 1 or more weights, or -1 for one group per row")
+    return size
+
+
+GroupSize = Annotated[int, AfterValidator(_some_weights)]
+
+
 class RtnSpec(Spec):
     """Round to nearest: no data, no training."""
 
     method: Literal["rtn"] = "rtn"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Annotated[int, Field(ge=-1)] = 64  # -1: one group per output channel
+    group_size: GroupSize = 64
     symmetric: bool = False
     skip: tuple[str, ...] = ("lm_head",)
 
@@ -53,7 +62,7 @@ class LlmQatSpec(Spec):
 
     method: Literal["llm_qat"] = "llm_qat"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Annotated[int, Field(ge=-1)] = 64
+    group_size: GroupSize = 64
     symmetric: bool = False
     skip: tuple[str, ...] = ("lm_head",)
     activation_bits: Literal[4, 8, 16] = 16  # 16: activations are left alone
@@ -75,7 +84,7 @@ class GptqSpec(Spec):
 
     method: Literal["gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Annotated[int, Field(ge=-1)] = 128
+    group_size: GroupSize = 128
     symmetric: bool = True
     skip: tuple[str, ...] = ("lm_head",)
     # static: columns with large inputs first, groups as they lie. Groups in that order too
@@ -94,7 +103,7 @@ class AwqSpec(Spec):
 
     method: Literal["awq"] = "awq"
     bits: Literal[3, 4, 8] = 4
-    group_size: Annotated[int, Field(ge=-1)] = 128
+    group_size: GroupSize = 128
     symmetric: bool = False
     skip: tuple[str, ...] = ("lm_head",)
     duo_scaling: bool = True  # scales from weights and activations, not activations alone
@@ -183,7 +192,7 @@ class CheckpointSpec(Spec):
     """A quantized checkpoint that exists already, of `model` (W); nothing is quantized."""
 
     method: Literal["checkpoint"] = "checkpoint"
-    path: Annotated[str, Field(min_length=1)]  # a folder, a .gguf file, or a hub id
+    path: str  # a folder, a .gguf file, or a hub id
     revision: str | None = None
 
 

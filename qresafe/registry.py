@@ -36,21 +36,14 @@ class Registry:
         return getattr(importlib.import_module(module), attribute)
 
 
-quantizers = Registry(
-    "quantizer",
-    {
-        "rtn": "qresafe.quantizers.rtn:quantize",
-        "bnb": "qresafe.quantizers.bnb:quantize",
-        "llm_qat": "qresafe.quantizers.llm_qat:quantize",
-        "gptq": "qresafe.quantizers.gptq:quantize",
-        "awq": "qresafe.quantizers.awq:quantize",
-        "fp8": "qresafe.quantizers.fp8:quantize",
-        "qlora": "qresafe.quantizers.qlora:quantize",
-        "critical16": "qresafe.quantizers.critical16:quantize",
-        "checkpoint": "qresafe.quantizers.checkpoint:quantize",
-        "aqlm": "qresafe.quantizers.aqlm:quantize",
-    },
+# Each is a file of qresafe/quantizers/, with `quantize` and `planned`.
+METHODS = (
+    *("rtn", "bnb", "llm_qat", "gptq", "awq"),
+    *("fp8", "qlora", "critical16", "checkpoint", "aqlm"),
 )
+quantizers = Registry("quantizer", {n: f"qresafe.quantizers.{n}:quantize" for n in METHODS})
+# (model folder, spec) -> the layers that `quantize` would, or the user's mistake, before any work.
+planned_layers = Registry("quantizer", {n: f"qresafe.quantizers.{n}:planned" for n in METHODS})
 
 # `quant_method` in a checkpoint's config -> what makes the codec that reads and rewrites it.
 formats = Registry(

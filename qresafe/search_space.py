@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,7 @@ Params = dict[str, Any]  # dotted key -> value
 class Domain(Spec):
     """Where the values of one key come from: exactly one of uniform, loguniform and choice."""
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"choice"})
     uniform: tuple[float, float] | None = None  # low and high, both included
     loguniform: tuple[float, float] | None = None
     choice: tuple[Any, ...] | None = None  # any values, mappings and preset names included

@@ -6,7 +6,7 @@ nearest neighbours. The resolved spec is written into every stage's manifest.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,7 @@ class PromptSetSpec(Spec):
 class GenerateSpec(Spec):
     """How completions are generated; greedy when `temperature` is 0."""
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"system_prompt"})
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
     max_new_tokens: AtLeastOne = 64
     batch_size: AtLeastOne = 64
@@ -78,6 +79,7 @@ class GenerateSpec(Spec):
 class TeacherSpec(Spec):
     """Who gives the answers y_w instead of W: another model, or an OpenAI-compatible endpoint."""
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"system_prompt"})
     model: ModelSpec | None = None
     endpoint: str | None = None  # base URL of a server, e.g. http://127.0.0.1:8000/v1
     endpoint_model: str | None = None
@@ -204,6 +206,7 @@ class DecodingSpec(Spec):
 class AttackSpec(Spec):
     """Attacks on the harmful prompts: every system prompt x template x prefill x decoding."""
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"prefills"})
     # huang: the 49 of Huang et al. 2023; paper: the six columns of the Q-resafe paper; or a list.
     decoding: Literal["huang", "paper"] | tuple[DecodingSpec, ...] = "huang"
     systems: Annotated[tuple[str, ...], Field(min_length=1)] = ("none",)  # vanilla, aoa, or a text

@@ -29,6 +29,7 @@ LEAVES |= {
     "chat",
     "judge_specs",
     "spec_base",
+    "spec_words",
     "quantize_specs",
 }
 LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants"}

@@ -10,8 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import save_tiny_llama
+from foreign import write_gguf
 
 from qresafe.cli import main
+from qresafe.quantize_specs import BnbSpec
+from qresafe.quantizers import bnb
 
 Refused = Callable[..., str]
 
@@ -99,6 +103,102 @@ def test_other_malformed_prompt_files(
     refused: Refused, tmp_path: Path, name: str, content: str
 ) -> None:
     assert name in refused(prompts(write(tmp_path, name, content), column="prompt"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        ("quantize.group_size=0", "quantize.group_size: must be 1 or more weights, or -1"),
+        ("quantize.group_size=-2", "quantize.group_size: must be 1 or more weights, or -1"),
+        ("quantize.group_size=large", "quantize.group_size: must be a whole number"),
+        ("quantize.bits=5", "quantize.bits: must be 2, 3, 4 or 8 (got 5) in --set"),
+        ("quantize.lr=0", "quantize.lr: must be more than 0 (got 0) in --set"),
+        ("quantize.skip=lm_head", "quantize.skip: must be a list, such as [a, b]"),
+        ("quantize.skip=['']", "quantize.skip: must not be empty in --set"),
+        ("quantize.calibration.path=''", "quantize.calibration.path: must not be empty"),
+        ("quantize.method=", "quantize.method: must not be empty in --set: choose one of"),
+        ("quantize.method=checkpoint quantize.path=", "quantize.path: must not be empty in --set"),
+        ("quantize.method=checkpoint quantize.path=''", "quantize.path: must not be empty"),
+        ("quantize.method=checkpoint", "quantize.path: must be given"),
+        ("quantize=rtn", "quantize: must be a mapping, such as {a: 1} (got 'rtn')"),
+        ("model.path=''", "model.path: must not be empty"),
+        ("pairs.path=''", "pairs.path: must not be empty"),
+        ("quantize.method=critical16 quantize.base.method=checkpoint", "checkpoint cannot be"),
+        ("quantize.method=critical16 quantize.base.method=awq", "AWQ rescales the weights"),
+        ("quantize.method=qlora quantize.base.method=gptq", "gptq cannot be quantize.base in"),
+    ],
+)
+def test_values_that_cannot_be(refused: Refused, sets: str, says: str) -> None:
+    assert says in refused(*sets.split())
+
+
+ODD = "quantize.method=critical16 quantize.base.method="
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        ("quantize.group_size=48", "inputs of model.layers.0.self_attn.q_proj are no multiple"),
+        ("quantize.method=gptq", "are no multiple of group_size 128"),
+        ("quantize.method=rtn quantize.skip=[lm_hed]", "no layer 'lm_hed' to leave alone in"),
+        ("quantize.method=bnb quantize.skip=[lm_hed]", "no layer 'lm_hed' to leave alone in"),
+        ("quantize.method=bnb quantize.skip=[proj,lm_head]", "no linear layer to quantize"),
+        ("quantize.method=qlora quantize.targets=[qproj]", "choose among down_proj, gate_proj"),
+        ("quantize.method=qlora quantize.base.skip=[proj,lm_head]", "no linear layer to quantize"),
+        (f"{ODD}rtn quantize.base.group_size=48", "are no multiple of group_size 48"),
+        (f"{ODD}bnb quantize.base.skip=[up]", "no layer 'up' to leave alone"),
+        (f"{ODD}aqlm quantize.base.group_size=48", "are no multiple of 48"),
+        # 16 x 64 of k_proj are 2048 of all 73,728 weights
+        (f"{ODD}rtn quantize.structure=layers quantize.fraction=0.02", "use at least 0.0278"),
+    ],
+)
+def test_layers_that_do_not_fit(refused: Refused, sets: str, says: str) -> None:
+    assert says in refused(*sets.split())
+
+
+def test_four_bit_layers_that_the_cpu_cannot_run(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 inputs are no 64s, but only where bitsandbytes runs its own CPU kernel."""
+    from bitsandbytes import functional
+
+    odd = save_tiny_llama(tmp_path / "odd", hidden=48)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: True)
+    for method in ("bnb", "qlora"):
+        text = refused(f"model.path={odd}", f"quantize.method={method}")
+        assert "q_proj is 48 x 48, and bitsandbytes' 4-bit kernel on this CPU takes" in text
+    monkeypatch.setattr(functional, "has_avx512bf16", lambda: False)
+    assert len(bnb.planned(odd, BnbSpec())) == len(bnb.planned(odd, BnbSpec(format="int8"))) == 14
+
+
+VLLM = "evaluate.generate.engine=vllm"
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        ("quantize.method=rtn quantize.bits=3", "it runs integers of 4 and 8 bits, not 3"),
+        ("quantize.method=qlora quantize.deploy=adapter", "leave out the adapter"),
+        ("quantize.method=critical16", "leave out the single 16-bit weights"),
+        ("quantize.method=rtn", "engine 'vllm' needs a GPU for each worker"),
+    ],
+)
+def test_engines_that_cannot_run_the_format(refused: Refused, sets: str, says: str) -> None:
+    assert says in refused(VLLM, *sets.split())
+
+
+def test_vllm_is_given_no_gguf_file(
+    refused: Refused, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    monkeypatch.setenv("QRESAFE_CACHE", str(tmp_path / "cache"))
+    kind = GGMLQuantizationType.Q8_0
+    write_gguf(tmp_path / "q.gguf", tiny_llama, lambda w: (quants.quantize(w, kind), kind))
+    q0 = ("quantize.method=checkpoint", f"quantize.path={tmp_path / 'q.gguf'}")
+    assert "quantize.path is a .gguf file" in refused(VLLM, *q0)
+    assert "model.path is a .gguf file" in refused(VLLM, f"model.path={tmp_path / 'q.gguf'}")
 
 
 def test_malformed_calibration(refused: Refused, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_choices_may_be_presets_and_mappings() -> None:
     [
         ("space: {patch.mask.tua: {uniform: [0, 1]}}", ["patch.mask.tua", "did you mean tau"]),
         ("space: {patch.mask.tau: {uniform: [1, 0]}}", ["patch.mask.tau", "[1, 0] is empty"]),
-        ("space: {patch.mask.tau: {uniform: [0, 2]}}", ["patch.mask.tau", "less than or equal"]),
+        ("space: {patch.mask.tau: {uniform: [0, 2]}}", ["patch.mask.tau", "at most 1"]),
         ("space: {patch.mask.tau: {choice: []}}", ["patch.mask.tau", "empty"]),
         ("space: {patch.mask.tau: {unifrm: [0, 1]}}", ["unifrm", "did you mean uniform"]),
         ("space: {patch.lr: {loguniform: [0, 1]}}", ["patch.lr", "above 0"]),

@@ -87,9 +87,9 @@ def test_risk_one_is_benign_only() -> None:
         (["pacth.rank=1"], ["pacth", "patch"]),
         (["quantize.bit=4"], ["quantize.bit", "bits"]),
         (["quantize.method=llmqat"], ["llmqat", "llm_qat"]),
-        (["patch.mask.tau=1.5"], ["patch.mask.tau", "1.5", "less than or equal to 1"]),
-        (["patch.rank=many"], ["patch.rank", "'many'", "integer"]),
-        (["patch.lr=-1"], ["patch.lr", "greater than 0"]),
+        (["patch.mask.tau=1.5"], ["patch.mask.tau", "1.5", "at most 1"]),
+        (["patch.rank=many"], ["patch.rank", "'many'", "whole number"]),
+        (["patch.lr=-1"], ["patch.lr", "more than 0"]),
         (["name=../escape"], ["name", "../escape"]),
         (["evaluate.generate.samples=3"], ["temperature"]),
         (["evaluate.generate.engine=openai"], ["endpoint"]),
@@ -106,7 +106,7 @@ def test_risk_one_is_benign_only() -> None:
             ["evaluate.judges=[{judge: refusal}]"],
             ["takes no settings", "write refusal without braces"],
         ),
-        (["evaluate.judges=[{judge: llm}]"], ["evaluate.judges.0.model", "required"]),
+        (["evaluate.judges=[{judge: llm}]"], ["evaluate.judges.0.model", "must be given"]),
         (["evaluate.judges=[{judge: llm, modl: x}]"], ["evaluate.judges.0.modl", "model"]),
         (
             ["evaluate.judges=[{judge: llm, model: x, endpoint: 'http://k@h/v1'}]"],
@@ -132,7 +132,7 @@ def test_a_mistake_in_an_override_is_named(overrides: list[str], fragments: list
         ("- 1", ["not a mapping", "experiment.yaml"]),
         ("patch: 3", ["patch", "experiment.yaml"]),
         ("patch: {mask: {tua: 1}}", ["patch.mask.tua", "did you mean tau", "experiment.yaml"]),
-        ("model: {path: 7}", ["model.path", "string", "7"]),
+        ("model: {path: 7}", ["model.path", "must be text", "7"]),
         ("quantize: {method: rtn, bits: 5}", ["quantize.bits", "2, 3, 4 or 8", "5"]),
     ],
 )
@@ -225,5 +225,5 @@ def test_a_nested_method_keeps_its_default_and_names_what_it_may_be() -> None:
     bits = ["quantize.method=critical16", "quantize.base.bits=2"]
     assert load_spec(ExperimentSpec, None, bits).quantize.base.bits == 2  # type: ignore[union-attr]
     told = message(None, "quantize.method=qlora", "quantize.base.method=gptq")
-    assert told == "unknown quantizer 'gptq' in the spec: choose one of bnb, rtn."
+    assert told == "gptq cannot be quantize.base in --set: choose one of bnb, rtn."
     assert "bits" in message(None, "quantize.method=critical16", "quantize.base.bit=2")

@@ -22,6 +22,7 @@ from qresafe.errors import ResourceError
 from qresafe.progress import Progress
 from qresafe.specs import ResourcesSpec
 from qresafe.stages.engines import VllmJob
+from qresafe.stages.served import check_vllm
 from qresafe.stages.runtime import (
     Batch,
     BatchJob,
@@ -103,7 +104,7 @@ class RayRuntime:
 
     def _compute(self, job: BatchJob, todo: list[Batch], parts: UPath) -> Iterator[Made]:
         if isinstance(job, VllmJob):
-            vllm.check(self._resources)
+            check_vllm(self._resources)
             self.wait_for(1)
             return vllm.compute(job, todo, parts, resources=self._resources)
         self.wait_for(1)

@@ -7,7 +7,6 @@ Prompts go in as the token ids that every other engine gets too, so that templat
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,28 +17,14 @@ import ray
 import ray.data
 from upath import UPath
 
-from qresafe.errors import ResourceError
 from qresafe.hf.chat import end_id
 from qresafe.hf.models import load_tokenizer
 from qresafe.specs import GenerateSpec, ResourcesSpec
 from qresafe.stages.engines import ANSWER, VllmJob, answer_row
 from qresafe.stages.runtime import Batch, Made, Row, part_path, write_table
+from qresafe.stages.served import check_vllm
 
 ERROR = "__inference_error__"  # ray.data.llm's column for rows that failed
-
-
-def check(resources: ResourcesSpec) -> None:
-    """Check that vLLM is installed and that every worker gets a GPU.
-
-    Raises:
-        ResourceError: One of them is missing.
-    """
-    if resources.gpus_per_worker < 1:
-        remedy = "set resources.gpus_per_worker: 1, or use engine transformers"
-        raise ResourceError("engine 'vllm' needs a GPU for each worker", remedy=remedy)
-    if importlib.util.find_spec("vllm") is None:
-        remedy = "pip install vllm on every node, or use engine transformers"
-        raise ResourceError("vllm is not installed", where="this environment", remedy=remedy)
 
 
 def processor_config(job: VllmJob, resources: ResourcesSpec) -> Any:
@@ -106,7 +91,7 @@ def compute(
     Raises:
         ResourceError: No vLLM, or no GPU for each worker.
     """
-    check(resources)
+    check_vllm(resources)
     from ray.data.llm import build_processor
 
     processor = build_processor(processor_config(job, resources))

@@ -65,16 +65,26 @@ class Scheme:
 
 def linear_layers(folder: Path) -> list[str]:
     """Return the names of a causal LM's `nn.Linear` modules, without loading its weights."""
+    modules = meta_model(folder).named_modules()
+    return [name for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def meta_model(folder: Path) -> nn.Module:
+    """Return a causal LM's modules, without weights.
+
+    Raises:
+        ModelError: The folder holds another kind of model.
+    """
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
     except ValueError:
         what = f"{type(config).__name__} is not a causal language model"
         raise ModelError(what, where=str(folder)) from None
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return model
 
 
 def refuse_infinite(layer: str, weight: Tensor) -> None:

@@ -25,7 +25,7 @@ from qresafe.hf.block_calls import Call, batches_of, calls_of, decoder_blocks, s
 from qresafe.hf.chat import chat_ids
 from qresafe.hf.models import load_model, load_tokenizer
 from qresafe.hf.tensor_files import TensorFiles
-from qresafe.hf.writing import AqlmLayer, write_aqlm
+from qresafe.hf.writing import AqlmLayer, meta_model, write_aqlm
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import AqlmSpec
 from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, layers_to_quantize
@@ -53,8 +53,7 @@ def quantize(
         DataError: A user's calibration file is malformed.
     """
     source = local_folder(model_path)
-    names = layers_to_quantize(source, spec.skip, -1)
-    check_layers({n: TensorFiles(source).shape(f"{n}.weight") for n in names}, spec, str(source))
+    names = planned(source, spec)
     shown = progress or Silent()
     shown.start("quantize", len(names), "layers")
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -67,6 +66,17 @@ def quantize(
     size = sum(layer.nbytes for layer in work.layers.values())
     counts = {"layers": len(names), "chats": len(sequences), "bits_per_weight": 8 * size / weights}
     return QuantizeResult(counts | {"relative_losses": work.losses})
+
+
+def planned(source: Path, spec: AqlmSpec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    names, files = layers_to_quantize(source, spec.skip, -1), TensorFiles(source)
+    blocks = tuple(f"{block}." for block in decoder_blocks(meta_model(source)))
+    if outside := [name for name in names if not name.startswith(blocks)]:
+        remedy = "add it to quantize.skip"
+        raise ModelError(f"{outside[0]} lies outside the decoder's blocks", remedy=remedy)
+    check_layers({n: files.shape(f"{n}.weight") for n in names}, spec, str(source))
+    return names
 
 
 def check_layers(shapes: Mapping[str, tuple[int, ...]], spec: AqlmSpec, where: str) -> None:
@@ -104,10 +114,6 @@ class _Work:
         self.model, self.spec, self.stored, self.shown = model, spec, stored, shown
         self.blocks = decoder_blocks(model)
         self.names = {b: [n for n in names if n.startswith(f"{b}.")] for b in self.blocks}
-        outside = set(names).difference(*self.names.values())
-        if outside:
-            remedy = "add it to quantize.skip"
-            raise ModelError(f"{min(outside)} lies outside the decoder's blocks", remedy=remedy)
         self.layers: dict[str, AqlmLayer] = {}
         self.norms: dict[str, Tensor] = {}
         self.losses: dict[str, float] = {}

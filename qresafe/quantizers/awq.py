@@ -35,7 +35,7 @@ def quantize(
         DataError: A user's calibration file is malformed.
     """
     source = local_folder(model_path)
-    names = layers_to_quantize(source, spec.skip, spec.group_size)
+    names = planned(source, spec)
     calibration = sequences(source, spec)
     shown = progress or Silent()
     shown.start("quantize", len(names), "layers")
@@ -53,3 +53,8 @@ def quantize(
     )
     counts = {"layers": len(names), "sequences": len(calibration), "warnings": warnings}
     return QuantizeResult(counts)
+
+
+def planned(source: Path, spec: AwqSpec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    return layers_to_quantize(source, spec.skip, spec.group_size)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from qresafe.errors import ModelError, SpecError
+from qresafe.errors import ModelError, SpecError, nearest
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import linear_layers
 from qresafe.progress import Progress
 
 CHECKPOINT, CONTROL = "checkpoint", "control"
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,24 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
         group_size: Weights per scale; -1 for one group per row.
 
     Raises:
-        SpecError: `group_size` is 0.
+        SpecError: `skip` names what the model does not have.
         ModelError: No layer is left, a row is not a multiple of the group size, or the model is
             a mixture of experts.
     """
-    if group_size == 0:
-        raise SpecError("group_size 0", where="quantize", remedy="use -1 or a positive size")
     files = TensorFiles(folder)
     if any(".experts." in name for name in files):
         # transformers 5.17 looks for packed experts there and, finding none, draws them at random
         what = "compressed-tensors cannot keep a mixture's experts in full precision"
         raise ModelError(what, where=str(folder), remedy="use quantize.method: bnb")
-    names = [n for n in linear_layers(folder) if not skipped(n, skip)]
+    linear = linear_layers(folder)
+    check_skip(skip, linear, skipped)
+    names = [n for n in linear if not skipped(n, skip)]
     missing = [name for name in names if f"{name}.weight" not in files]
     if missing:
         remedy = "add it to quantize.skip"
         raise ModelError(f"no weight for layer {missing[0]}", where=str(folder), remedy=remedy)
     if not names:
-        remedy = "shorten quantize.skip, or use a model made of nn.Linear layers"
-        raise ModelError("no linear layer to quantize", where=str(folder), remedy=remedy)
+        raise no_layers(folder)
     columns = {name: files.shape(f"{name}.weight")[1] for name in names}
     _check_groups(columns, group_size, str(folder))
     return names
@@ -91,6 +91,32 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
 def skipped(name: str, skip: tuple[str, ...]) -> bool:
     """Return whether `skip` names a layer: in full, or by its last part ("lm_head")."""
     return any(name == entry or name.endswith(f".{entry}") for entry in skip)
+
+
+def check_skip(
+    skip: Sequence[str], linear: Sequence[str], skips: Callable[[str, tuple[str, ...]], bool]
+) -> None:
+    """Refuse an entry of `skip` that skips nothing: a misspelt layer would be quantized.
+
+    Args:
+        skip: What the user wrote; the default "lm_head" may be missing, as in tied models.
+        linear: The model's layers.
+        skips: Whether entries skip a layer, as the method takes them.
+
+    Raises:
+        SpecError: An entry skips none of them.
+    """
+    for entry in skip:
+        if entry != HEAD and not any(skips(name, (entry,)) for name in linear):
+            known = {part for name in linear for part in (name, name.rpartition(".")[2])}
+            what = f"no layer {entry!r} to leave alone"
+            raise SpecError(what, where="quantize.skip", remedy=nearest(entry, known))
+
+
+def no_layers(folder: Path) -> ModelError:
+    """Return the error for a model of which a method can quantize nothing."""
+    remedy = "shorten quantize.skip, or use a model made of nn.Linear layers"
+    return ModelError("no linear layer to quantize", where=str(folder), remedy=remedy)
 
 
 def _check_groups(columns: Mapping[str, int], group_size: int, where: str) -> None:

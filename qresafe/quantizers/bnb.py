@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qresafe.errors import ModelError
+from qresafe.hf.bnb_layers import BLOCK, ROWS, packs_for_the_cpu, replaced_layers, skips
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.writing import write_bitsandbytes
 from qresafe.progress import Progress
 from qresafe.quantize_specs import BnbSpec
-from qresafe.quantizers.base import CHECKPOINT, QuantizeResult
+from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, check_skip, no_layers
 from qresafe.storage import local_folder
 
 
@@ -28,9 +31,12 @@ def quantize(
 
     Raises:
         ResourceError: bitsandbytes is not installed.
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or a layer does not fit.
+        SpecError: `skip` names what the model does not have.
     """
-    write_bitsandbytes(target / CHECKPOINT, local_folder(model_path), _options(spec))
+    source = local_folder(model_path)
+    planned(source, spec)
+    write_bitsandbytes(target / CHECKPOINT, source, _options(spec))
     return QuantizeResult({"layers": len(QuantizedCheckpoint.open(target / CHECKPOINT))})
 
 
@@ -43,3 +49,32 @@ def _options(spec: BnbSpec) -> dict[str, Any]:
         "bnb_4bit_quant_type": spec.format,
         "bnb_4bit_use_double_quant": spec.double_quant,
     }
+
+
+def planned(source: Path, spec: BnbSpec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    shapes = replaced_layers(source)
+    check_skip(spec.skip, list(shapes), skips)
+    chosen = {name: shape for name, shape in shapes.items() if not skips(name, spec.skip)}
+    if not chosen:
+        raise no_layers(source)
+    if spec.format != "int8":
+        _check_shapes(chosen, str(source))
+    return list(chosen)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, int]], where: str) -> None:
+    """Refuse 4-bit layers whose codes do not fill bytes, or that this CPU's kernel cannot run."""
+    on_cpu = packs_for_the_cpu()
+    for name, (outputs, inputs) in shapes.items():
+        what = ""
+        if outputs * inputs % 2:
+            what = f"{name} has an odd number of weights ({outputs} x {inputs})"
+        elif on_cpu and (inputs % BLOCK or outputs % ROWS):
+            what = (
+                f"{name} is {outputs} x {inputs}, and bitsandbytes' 4-bit kernel on this CPU takes "
+                f"inputs in {BLOCK}s and outputs in {ROWS}s only"
+            )
+        if what:
+            remedy = "use format: int8, or add the layer to skip"
+            raise ModelError(what, where=where, remedy=remedy)

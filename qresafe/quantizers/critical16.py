@@ -8,6 +8,7 @@ layers, by summed score per weight, which any server runs.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,8 +31,8 @@ from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import in_16_bits, linear_layers, write_halved
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import BaseSpec, Critical16Spec, QloraSpec
-from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, put, skipped
-from qresafe.registry import judges, quantizers
+from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, put
+from qresafe.registry import judges, planned_layers, quantizers
 from qresafe.specs import GenerateSpec
 from qresafe.storage import local_folder
 
@@ -58,7 +59,7 @@ def quantize(
     """
     source = local_folder(model_path)
     texts = harmful_texts(spec)
-    names = [n for n in linear_layers(source) if not skipped(n, skip_of(spec.base))]
+    names = planned(source, spec)
     shown = progress or Silent()
     shown.start("score", len(texts), "prompts")
     refused, scores = _scored(source, names, texts, spec, shown)
@@ -69,9 +70,37 @@ def quantize(
     return QuantizeResult(dict(made.counts) | counts, made.control)
 
 
-def skip_of(spec: BaseSpec) -> tuple[str, ...]:
-    """Return the layers that a method leaves alone."""
-    return spec.base.skip if isinstance(spec, QloraSpec) else spec.skip
+def planned(source: Path, spec: Critical16Spec) -> list[str]:
+    """Return the layers of which weights may be kept; see `registry.planned_layers`."""
+    base = spec.base
+    planned_layers.get(base.method)(source, base)
+    if isinstance(base, QloraSpec):  # what its own base quantizes, adapted or not
+        base = base.base
+    names: list[str] = planned_layers.get(base.method)(source, base)
+    if odd := sorted(set(names) - set(linear_layers(source))):
+        what = f"critical16 scores nn.Linear layers, and {odd[0]} is another kind"
+        remedy = f"use quantize.method: {spec.base.method}, or another model"
+        raise ModelError(what, where=str(source), remedy=remedy)
+    if spec.structure == "layers" and spec.fraction > 0:
+        files = TensorFiles(source)
+        check_room({n: math.prod(files.shape(f"{n}.weight")) for n in names}, spec.fraction)
+    return names
+
+
+def check_room(sizes: Mapping[str, int], fraction: float) -> None:
+    """Refuse a fraction into which not even the smallest layer fits.
+
+    Args:
+        sizes: Layer -> its weights.
+        fraction: Of all of them.
+
+    Raises:
+        SpecError: None does.
+    """
+    least = min(sizes.values()) / sum(sizes.values())
+    if fraction < least:
+        remedy = f"use at least {least:.4f}, or structure: weights"
+        raise SpecError(f"no layer is as small as {fraction:g} of all", remedy=remedy)
 
 
 def skipping(spec: BaseSpec, more: Sequence[str]) -> BaseSpec:
@@ -197,20 +226,19 @@ def densest(scores: Mapping[str, Tensor], fraction: float) -> list[str]:
     """Return layers in the order of score per weight, each that still fits into the fraction.
 
     Raises:
-        SpecError: Not even the smallest layer does, or all would be kept.
+        SpecError: Not even the smallest layer does.
+        ModelError: All would be kept.
     """
     sizes = {name: scores[name].numel() for name in scores}
     mass = {name: float(scores[name].double().mean()) for name in scores}
+    if fraction > 0:
+        check_room(sizes, fraction)
     room = fraction * sum(sizes.values())
     chosen: list[str] = []
     for name in sorted(sizes, key=lambda name: (-mass[name], name)):
         if sizes[name] <= room:
             room -= sizes[name]
             chosen.append(name)
-    if fraction > 0 and not chosen:
-        least = min(sizes.values()) / sum(sizes.values())
-        remedy = f"use at least {least:.4f}, or structure: weights"
-        raise SpecError(f"no layer is as small as {fraction:g} of all", remedy=remedy)
     if len(chosen) == len(sizes):
         raise ModelError("every layer would be kept", remedy="lower quantize.fraction")
     return chosen

@@ -33,7 +33,7 @@ def quantize(
         DataError: A user's calibration file is malformed.
     """
     source = local_folder(model_path)
-    names = layers_to_quantize(source, spec.skip, -1)
+    names = planned(source, spec)
     calibration = sequences(source, spec) if spec.activations == "static" else []
     shown = progress or Silent()
     shown.start("quantize", len(names), "layers")
@@ -49,6 +49,11 @@ def quantize(
     )
     counts = {"layers": len(names), "sequences": len(calibration), "warnings": warnings}
     return QuantizeResult(counts)
+
+
+def planned(source: Path, spec: Fp8Spec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    return layers_to_quantize(source, spec.skip, -1)
 
 
 def _activations(kind: str) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def quantize(
         DataError: A user's calibration file is malformed.
     """
     source = local_folder(model_path)
-    names = layers_to_quantize(source, spec.skip, spec.group_size)
+    names = planned(source, spec)
     calibration = sequences(source, spec)
     order = None if spec.act_order == "none" else spec.act_order
     settings = {"actorder": order, "dampening_frac": spec.damp, "block_size": spec.block_size}
@@ -47,3 +47,8 @@ def quantize(
     )
     counts = {"layers": len(names), "sequences": len(calibration), "warnings": warnings}
     return QuantizeResult(counts)
+
+
+def planned(source: Path, spec: GptqSpec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    return layers_to_quantize(source, spec.skip, spec.group_size)

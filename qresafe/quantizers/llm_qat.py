@@ -28,6 +28,8 @@ from qresafe.quantize_specs import LlmQatSpec
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, layers_to_quantize
 from qresafe.storage import local_folder
 
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+
 
 def quantize(
     model_path: str | Path,
@@ -47,7 +49,7 @@ def quantize(
         DataError: A user's calibration file is malformed.
     """
     source = local_folder(model_path)
-    names = layers_to_quantize(source, spec.skip, spec.group_size)
+    names = planned(source, spec)
     tokenizer = load_tokenizer(source)
     chats = [chat_ids(tokenizer, chat) for chat in calibration_chats(spec.calibration, spec.seed)]
     steps = total_steps(spec.steps, spec.epochs, len(chats), spec.batch_size)
@@ -64,6 +66,15 @@ def quantize(
     replaced = {f"{name}.weight": weight for name, weight in weights.items()}
     write_plain(target / CONTROL, source, replaced)
     return QuantizeResult(counts, target / CONTROL)
+
+
+def planned(source: Path, spec: LlmQatSpec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    names = layers_to_quantize(source, spec.skip, spec.group_size)
+    if spec.kv_bits < 16 and not any(name.endswith(KEYS_AND_VALUES) for name in names):
+        remedy = "set quantize.kv_bits to 16"
+        raise ModelError("the model has no separate k_proj and v_proj layers", remedy=remedy)
+    return names
 
 
 class FittedRounding(nn.Module):  # type: ignore[misc]
@@ -142,11 +153,7 @@ def _add_rounding(layers: dict[str, Any], scheme: Scheme, files: TensorFiles) ->
 
 
 def _round_keys_and_values(layers: dict[str, Any], bits: int) -> None:
-    found = [layer for name, layer in layers.items() if name.endswith(("k_proj", "v_proj"))]
-    if not found:
-        remedy = "set quantize.kv_bits to 16"
-        raise ModelError("the model has no separate k_proj and v_proj layers", remedy=remedy)
-    for layer in found:
+    for layer in (layer for name, layer in layers.items() if name.endswith(KEYS_AND_VALUES)):
         layer.register_forward_hook(lambda _, __, output: round_tokens(output, bits))
 
 

@@ -27,7 +27,7 @@ from qresafe.hf.writing import write_dense, write_plain
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import BnbSpec, QloraSpec, RtnSpec
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, put
-from qresafe.registry import quantizers
+from qresafe.registry import planned_layers, quantizers
 from qresafe.storage import local_folder
 
 
@@ -50,6 +50,7 @@ def quantize(
         DataError: A user's calibration file is malformed.
     """
     source = local_folder(model_path)
+    layers = planned(source, spec)
     tokenizer = load_tokenizer(source)
     chats = [chat_ids(tokenizer, chat) for chat in calibration_chats(spec.calibration, spec.seed)]
     steps = total_steps(spec.steps, spec.epochs, len(chats), spec.batch_size)
@@ -57,7 +58,6 @@ def quantize(
     shown = progress or Silent()
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         base = _quantized(source, Path(scratch) / "base", spec.base)
-        layers = adapted_layers(QuantizedCheckpoint.open(base).names, spec.targets)
         decompress_on_load(base)
         shown.start("quantize", steps * (2 if control else 1), "steps")
         adapted, losses = _train(base, "auto", layers, chats, spec, steps, shown)
@@ -72,6 +72,11 @@ def quantize(
     plain, counts["control_losses"] = _train(source, float32, layers, chats, spec, steps, shown)
     write_plain(target / CONTROL, source, merged_weights(plain, layers))
     return QuantizeResult(counts, target / CONTROL)
+
+
+def planned(source: Path, spec: QloraSpec) -> list[str]:
+    """Return the layers that get an adapter; see `registry.planned_layers`."""
+    return adapted_layers(planned_layers.get(spec.base.method)(source, spec.base), spec.targets)
 
 
 def adapted_layers(quantized: Sequence[str], targets: tuple[str, ...]) -> list[str]:

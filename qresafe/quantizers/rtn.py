@@ -57,10 +57,15 @@ def quantize(
         ModelError: A layer does not fit the group size, or holds NaN or infinity.
     """
     source = local_folder(model_path)
-    names = layers_to_quantize(source, spec.skip, spec.group_size)
+    names = planned(source, spec)
     scheme = Scheme(spec.bits, spec.group_size, spec.symmetric)
     shown = progress or Silent()
     shown.start("quantize", len(names), "layers")
     rounded = RoundedLayers(TensorFiles(source), names, scheme, shown)
     write_quantized(target / CHECKPOINT, source, rounded, scheme)
     return QuantizeResult({"layers": len(names)})
+
+
+def planned(source: Path, spec: RtnSpec) -> list[str]:
+    """Return what `quantize` would; see `registry.planned_layers`."""
+    return layers_to_quantize(source, spec.skip, spec.group_size)

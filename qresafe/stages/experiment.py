@@ -44,6 +44,7 @@ from qresafe.stages.quantize import check_ready, quantize
 from qresafe.stages.reference import reference
 from qresafe.stages.report import ReportInput, report
 from qresafe.stages.runtime import Runtime
+from qresafe.stages.served import check_engine
 
 ARMS = (W, CONTROL, Q0, Q, ADAPTER)  # in the order of every table
 ATTACKED = (W, Q0, Q)
@@ -87,6 +88,7 @@ class Experiment:
         if self.spec.evaluate.attack:
             cells(self.spec.evaluate.attack)
             harmful_prompts(self.prompts)
+        check_engine(self.spec, self.teacher.ref.path)
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         self._check_teacher()
         check_ready(self.spec.quantize, self.teacher)

@@ -17,7 +17,7 @@ from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, QuantizeSpec
 from qresafe.quantizers.checkpoint import find
-from qresafe.registry import judges, quantizers
+from qresafe.registry import judges, planned_layers, quantizers
 from qresafe.specs import ModelSpec
 from qresafe.stages.arms import require_same
 from qresafe.stages.generate import template_key
@@ -73,18 +73,20 @@ def quantize(
 
 
 def check_ready(spec: QuantizeSpec, model: ModelInput) -> None:
-    """Check a checkpoint that is made already: of this model, and asked by the same template.
+    """Check that a method fits the model, from config and headers alone.
 
-    Of critical16, that there is such a judge.
+    A checkpoint that is made already must be of this model, and asked by the same template.
 
     Raises:
-        SpecError: A judge is not registered.
-        ModelError: It is missing, damaged, not quantized, or of another model than W.
+        SpecError: A judge is not registered, or a layer to skip does not exist.
+        ModelError: A layer does not fit the method; or the checkpoint is missing, damaged, not
+            quantized, or of another model than W.
         DataError: Its chat template is not W's.
     """
     if isinstance(spec, Critical16Spec):
         judges.get(spec.judge)
     if not isinstance(spec, CheckpointSpec):
+        planned_layers.get(spec.method)(Path(model.ref.on_this_machine().path), spec)
         return
     found = find(spec, Path(model.ref.on_this_machine().path))
     own = any(Path(found.path).glob("tokenizer*")) and not gguf_file(Path(found.path))

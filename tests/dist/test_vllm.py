@@ -16,6 +16,7 @@ from qresafe.hf.warm import ModelInput
 from qresafe.specs import GenerateSpec, ModelSpec, ResourcesSpec
 from qresafe.stages.engines import VllmJob
 from qresafe.stages.runtime import Batch, part_path, read_table
+from qresafe.stages.served import check_vllm
 
 GPUS = ResourcesSpec(workers=3, gpus_per_worker=2)
 
@@ -86,7 +87,7 @@ def test_results_come_back_in_any_order_with_errors_as_rows(
 
 def test_a_missing_gpu_or_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResourceError, match="needs a GPU for each worker"):
-        vllm.check(ResourcesSpec(workers=1))
+        check_vllm(ResourcesSpec(workers=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="vllm is not installed"):
-        vllm.check(GPUS)
+        check_vllm(GPUS)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from qresafe.errors import ModelError, SpecError
+from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.models import load_model
 from qresafe.quantize_specs import RtnSpec
@@ -62,7 +63,7 @@ def test_a_group_size_that_does_not_fit_names_those_that_do(
 ) -> None:
     with pytest.raises(ModelError, match=r"64 inputs of .* group_size 48 .* 32 or 16 or -1"):
         quantize(tiny_llama, tmp_path, RtnSpec(group_size=48))
-    with pytest.raises(SpecError, match="group_size 0"):
+    with pytest.raises(ValidationError, match="1 or more weights"):
         quantize(tiny_llama, tmp_path, RtnSpec(group_size=0))
     assert not any(tmp_path.iterdir())
 

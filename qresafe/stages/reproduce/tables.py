@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class PaperArm(Spec):
         paper: The paper's model -> cell -> the paper's value (% where ours is a share).
     """
 
+    MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset({"variant", "label"})
     quantizer: str
     variant: str = ""
     label: str = ""
