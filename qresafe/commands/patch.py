@@ -15,8 +15,11 @@ from qresafe.commands.options import AsJson
 app = typer.Typer(cls=RunByDefault, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Patch = Annotated[Path, typer.Argument(help="A .qpatch file.")]
-Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint's folder.")]
-Out = Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")]
+Checkpoint = Annotated[Path, typer.Argument(help="The checkpoint's folder, or .gguf file.")]
+Out = Annotated[
+    Path,
+    typer.Argument(help="The folder (for a .gguf file: the file) to write; it must not exist."),
+]
 
 
 @app.callback()

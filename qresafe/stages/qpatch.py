@@ -2,18 +2,21 @@
 
 Its tensors are packed sparse differences, "<layer>/<part>"; its metadata holds the sha256 of every
 file of Q0 and of Q. Nothing is written before Q0 (or, to revert, Q) has the expected hashes, and
-the result appears only once it has the other ones.
+the result appears only once it has the other ones. A .gguf file alone stands for its folder: its
+own hash is asked for, and what is written is a .gguf file too.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -23,9 +26,12 @@ from qresafe.core import sparse_patch
 from qresafe.core.sparse_patch import SparseDiff
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
+from qresafe.hf.gguf_folder import gguf_file, unpacked
 from qresafe.hf.models import CONTENT
+from qresafe.leftovers import aside
 
 FORMAT = "qpatch-1"
+GGUF = ".gguf"
 REMEDY = "fetch or export the patch again"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no separators: hashes name plain files
 State = Literal["base", "patched"]
@@ -50,15 +56,21 @@ def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, 
     """Write the difference between two checkpoints that differ in codes only.
 
     Args:
-        base: Q0's folder.
-        patched: Q's folder, made by `QuantizedCheckpoint.rewrite`.
+        base: Q0's folder, or .gguf file.
+        patched: Q's, made by `QuantizedCheckpoint.rewrite`.
         target: The *.qpatch file to write.
         key: Kept in the header.
 
     Returns:
         Counts: layers, codes, codes changed (in all and by layer), and bytes.
+
+    Raises:
+        ModelError: Q could not be turned into Q0 again, or a file has a name that no patch may
+            carry.
     """
-    before, after = QuantizedCheckpoint.open(base), QuantizedCheckpoint.open(patched)
+    before, after = _opened(base), _opened(patched)
+    hashes = file_hashes(base), _renamed(file_hashes(patched), patched, base)
+    _check_names(hashes[0], base)
     tensors: dict[str, Tensor] = {}
     by_layer: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -67,8 +79,9 @@ def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, 
         sizes[name] = change.size
         by_layer[name] = len(change.positions)
         if by_layer[name]:
+            _check_reversible(before, name)
             tensors |= {f"{name}/{part}": value for part, value in change.pack().items()}
-    header = Header(file_hashes(base), file_hashes(patched), key)
+    header = Header(*hashes, key)
     # One entry only: safetensors writes several in random order, and equal patches are equal bytes.
     metadata = {"header": json.dumps({"format": FORMAT} | asdict(header), sort_keys=True)}
     write_bytes(target, save(tensors, metadata=metadata))
@@ -76,7 +89,7 @@ def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, 
 
 
 def apply(patch: Path, base: Path, target: Path) -> dict[str, Any]:
-    """Write Q = Q0 + patch to the new folder `target`.
+    """Write Q = Q0 + patch to the new folder (for a .gguf file: the new file) `target`.
 
     Raises:
         ModelError: `base` is not the patch's Q0, or `target` exists.
@@ -86,7 +99,7 @@ def apply(patch: Path, base: Path, target: Path) -> dict[str, Any]:
 
 
 def revert(patch: Path, patched: Path, target: Path) -> dict[str, Any]:
-    """Write Q0 = Q - patch to the new folder `target`: Q0's files, byte for byte.
+    """Write Q0 = Q - patch to the new `target`, as `apply` does: Q0's files, byte for byte.
 
     Raises:
         ModelError: `patched` is not the patch's Q, or `target` exists.
@@ -105,10 +118,11 @@ def verify(patch: Path, checkpoint: Path) -> dict[str, Any]:
     header, changes = read(patch)
     found = file_hashes(checkpoint)
     for state in ("base", "patched"):
-        if found == getattr(header, state):
+        if found == _meant(header, state, checkpoint):
             changed = sum(len(change.positions) for change in changes.values())
             return {"checkpoint": state, "codes_changed": changed, "patch_key": header.key}
-    raise _stranger(found, header.base, checkpoint, "neither the patch's Q0 nor its Q")
+    meant = _meant(header, "base", checkpoint)
+    raise _stranger(found, meant, checkpoint, "neither the patch's Q0 nor its Q")
 
 
 def read(patch: Path) -> tuple[Header, dict[str, SparseDiff]]:
@@ -143,6 +157,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
     Raises:
         ModelError: There is no such folder.
     """
+    if is_lone(folder):
+        return {Path(folder).name: hash_file(Path(folder))}
     if not Path(folder).is_dir():
         raise ModelError("no such checkpoint", where=str(folder), remedy="give its folder")
     files = [file for file in sorted(Path(folder).iterdir()) if file.suffix in CONTENT]
@@ -152,25 +168,92 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def _convert(patch: Path, source: Path, target: Path, have: State, want: State) -> dict[str, Any]:
     source, target = Path(source), Path(target)
     if target.exists():
-        raise ModelError(f"{target} exists already", remedy="give a new folder, or remove it")
+        raise ModelError(f"{target} exists already", remedy="give a new path, or remove it")
+    if is_lone(source) and target.suffix != GGUF:
+        remedy = f"give a path that ends in {GGUF}"
+        raise ModelError("the result is a .gguf file too", where=str(target), remedy=remedy)
     header, changes = read(patch)
-    checkpoint = QuantizedCheckpoint.open(source)
-    found = file_hashes(source)
-    if found != getattr(header, have):
-        meant = "Q0" if have == "base" else "Q"
-        raise _stranger(found, getattr(header, have), source, f"not the patch's {meant}")
+    checkpoint = _opened(source)
+    found, meant = file_hashes(source), _meant(header, have, source)
+    if found != meant:
+        name = "Q0" if have == "base" else "Q"
+        raise _stranger(found, meant, source, f"not the patch's {name}")
     unknown = sorted(set(changes) - set(checkpoint.names))
     if unknown:
         raise _damaged(f"it names a layer {unknown[0]!r} that the checkpoint lacks", patch)
 
     def check(made: Path) -> None:
-        if file_hashes(made) != getattr(header, want):
+        made = gguf_file(made) or made if is_lone(source) else made
+        if file_hashes(made) != _meant(header, want, made):
             raise _damaged("the result does not have the hashes that it promises", patch)
 
     step = SparseDiff.apply if have == "base" else SparseDiff.revert
-    checkpoint.rewrite(target, _Stepped(checkpoint, changes, step), check)
+    stepped = _Stepped(checkpoint, changes, step)
+    if is_lone(source):
+        _write_file(checkpoint, target, stepped, check)
+    else:
+        checkpoint.rewrite(target, stepped, check)
     changed = sum(len(change.positions) for change in changes.values())
     return {"checkpoint": want, "folder": str(target), "codes_changed": changed}
+
+
+def is_lone(path: Path) -> bool:
+    """Return whether a path is a .gguf file, not a checkpoint's folder."""
+    return Path(path).suffix == GGUF and Path(path).is_file()
+
+
+def _opened(path: Path) -> QuantizedCheckpoint:
+    if is_lone(path):
+        return QuantizedCheckpoint.open(unpacked(Path(path)))
+    if not Path(path).exists():
+        raise ModelError("no such checkpoint", where=str(path), remedy="give its folder")
+    if not (Path(path) / "config.json").is_file() and (file := gguf_file(Path(path))):
+        raise ModelError("a .gguf file without config.json", where=str(path), remedy=f"give {file}")
+    return QuantizedCheckpoint.open(path)
+
+
+def _meant(header: Header, state: State, path: Path) -> dict[str, str]:
+    """Return the hashes that `path` should have: a lone .gguf file's, whatever it is called."""
+    hashes: dict[str, str] = getattr(header, state)
+    if not is_lone(path):
+        return hashes
+    return {Path(path).name: value for name, value in hashes.items() if name.endswith(GGUF)}
+
+
+def _write_file(
+    checkpoint: QuantizedCheckpoint,
+    target: Path,
+    codes: Mapping[str, Tensor],
+    check: Callable[[Path], None],
+) -> None:
+    scratch = target.with_name(aside(target.stem))
+    try:
+        made = gguf_file(checkpoint.rewrite(scratch, codes, check))
+        assert made is not None  # `checkpoint` is of one
+        made.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _renamed(hashes: dict[str, str], path: Path, like: Path) -> dict[str, str]:
+    """Return a lone .gguf file's hash under the name of another one; a folder's as they are."""
+    return {Path(like).name: value for value in hashes.values()} if is_lone(path) else hashes
+
+
+def _check_names(hashes: Mapping[str, str], folder: Path) -> None:
+    if odd := [name for name in hashes if not FILE_NAME.fullmatch(name)]:
+        remedy = "rename it to letters, digits, dots, hyphens and underscores"
+        raise ModelError(
+            f"a patch cannot name the file {odd[0]!r}", where=str(folder), remedy=remedy
+        )
+
+
+def _check_reversible(base: QuantizedCheckpoint, name: str) -> None:
+    """Refuse a layer whose codes, packed again, are not its bytes: they could not be restored."""
+    tensor, packed = base.codec.pack(name, base.read(name).codes)
+    if not torch.equal(packed, base.files[tensor]):
+        what = f"{tensor} holds more than its codes, which a patch could not restore"
+        raise ModelError(what, where=str(base.folder), remedy="pack the checkpoint again")
 
 
 class _Stepped(Mapping[str, Tensor]):

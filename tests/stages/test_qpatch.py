@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_tiny_llama
+from foreign import write_awq, write_gguf, write_gptq
+from gguf import GGMLQuantizationType, quants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qresafe.errors import CorruptArtifactError, ModelError, UserError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
+from qresafe.hf.models import resolve
 from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.rtn import quantize
+from qresafe.specs import ModelSpec
 from qresafe.stages import qpatch
 
 Edit = Callable[[dict[str, Any], dict[str, Any]], None]
@@ -54,6 +59,104 @@ def test_apply_gives_q_and_revert_gives_q0_back(made: Path, tmp_path: Path) -> N
     assert same_files(tmp_path / "q0", made / "q0")
     assert not same_files(made / "q0", made / "q")
     assert applied["codes_changed"] == reverted["codes_changed"] > 0
+
+
+def moved(q0: QuantizedCheckpoint, target: Path) -> Path:
+    """Rewrite a checkpoint with every seventh code moved by one."""
+    codes = {}
+    for name in q0.names:
+        old = q0.read(name)
+        there = torch.arange(old.codes.numel()).view(old.codes.shape) % 7 == 0
+        step = torch.where(old.codes < old.grid.high, 1, -1)
+        codes[name] = torch.where(there, old.codes + step, old.codes)
+    return q0.rewrite(target, codes)
+
+
+def sharded(target: Path, source: Path) -> None:
+    quantize(source, target.parent / "whole", RtnSpec(bits=3, group_size=32))
+    tensors = load_file(target.parent / "whole" / "checkpoint" / "model.safetensors")
+    shutil.copytree(target.parent / "whole" / "checkpoint", target)
+    (target / "model.safetensors").unlink()
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        mine = {name: t for name, t in tensors.items() if where[name] == file}
+        save_file(mine, target / file, {"format": "pt"})
+    (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+ELSEWHERE: dict[str, Callable[[Path, Path], object]] = {
+    "gptq v1, act order": lambda target, source: write_gptq(target, source, desc_act=True),
+    "gptq v2, 3 bits": lambda target, source: write_gptq(target, source, bits=3, packing="gptq_v2"),
+    "awq gemm": write_awq,
+    "two shards, 3 bits": sharded,
+}
+
+
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_checkpoints_made_elsewhere_come_back(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    ELSEWHERE[kind](tmp_path / "q0", tiny_llama)
+    (tmp_path / "q0" / "README.md").write_text("not hashed, but copied")
+    moved(QuantizedCheckpoint.open(tmp_path / "q0"), tmp_path / "q")
+    counts = qpatch.create(tmp_path / "q0", tmp_path / "q", tmp_path / "p.qpatch")
+    # ceil(size / 7) of each layer
+    assert counts["codes_changed"] == sum(-(-n // 7) for n in counts["codes_by_layer"].values())
+    qpatch.apply(tmp_path / "p.qpatch", tmp_path / "q0", tmp_path / "applied")
+    qpatch.revert(tmp_path / "p.qpatch", tmp_path / "applied", tmp_path / "reverted")
+    assert same_files(tmp_path / "applied", tmp_path / "q")
+    assert same_files(tmp_path / "reverted", tmp_path / "q0")
+    assert not same_files(tmp_path / "q", tmp_path / "q0")
+
+
+def test_a_gguf_file_alone_and_in_a_folder(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One patch, made of folders, serves the file on its own, under any name."""
+    monkeypatch.setenv("QRESAFE_CACHE", str(tmp_path / "cache"))
+    kind, patch = GGMLQuantizationType.Q4_0, tmp_path / "p.qpatch"
+    file = tmp_path / "m.gguf"
+    write_gguf(file, tiny_llama, lambda w: (quants.quantize(w, kind), kind))
+    folder = Path(resolve(ModelSpec(path=str(file))).path)
+    q = moved(QuantizedCheckpoint.open(folder), tmp_path / "q")
+    qpatch.create(folder, q, patch)
+    renamed = file.rename(tmp_path / "other.gguf")
+    told = qpatch.apply(patch, renamed, tmp_path / "new" / "q.gguf")
+    assert told["checkpoint"] == "patched"
+    made = tmp_path / "new" / "q.gguf"
+    assert made.read_bytes() == (q / "m.gguf").read_bytes() != renamed.read_bytes()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["q.gguf"]
+    assert qpatch.verify(patch, made)["checkpoint"] == "patched"
+    assert qpatch.verify(patch, q)["checkpoint"] == "patched"
+    qpatch.revert(patch, made, tmp_path / "back.gguf")
+    assert (tmp_path / "back.gguf").read_bytes() == renamed.read_bytes()
+    with pytest.raises(ModelError, match="ends in .gguf"):
+        qpatch.apply(patch, renamed, tmp_path / "folder")
+    with pytest.raises(ModelError, match=r"not the patch's Q0 \(q.gguf differs\)"):
+        qpatch.apply(patch, made, tmp_path / "twice.gguf")
+    qpatch.create(renamed, made, tmp_path / "lone.qpatch")
+    assert qpatch.read(tmp_path / "lone.qpatch")[0].base.keys() == {"other.gguf"}
+    assert qpatch.verify(tmp_path / "lone.qpatch", made)["checkpoint"] == "patched"
+
+
+def test_what_a_patch_could_not_restore_is_refused(made: Path, tmp_path: Path) -> None:
+    odd = {name: Path(shutil.copytree(made / name, tmp_path / name)) for name in ("q0", "q")}
+    for folder in odd.values():
+        (folder / "my notes.txt").write_text("a space")
+    with pytest.raises(ModelError, match="cannot name the file 'my notes.txt'"):
+        qpatch.create(odd["q0"], odd["q"], tmp_path / "p.qpatch")
+
+
+def test_bits_beside_the_codes_are_refused(tmp_path: Path) -> None:
+    """What lies in the last word beside the codes would be lost."""
+    write_gptq(tmp_path / "q0", save_tiny_llama(tmp_path / "w", hidden=40), bits=3, group=40)
+    q0 = QuantizedCheckpoint.open(tmp_path / "q0")
+    name = q0.names[0]
+    words = q0.files[f"{name}.qweight"].clone()
+    words[-1] |= -(2**31)  # 40 x 3 = 120 of 128 bits are codes
+    q0.files.overwrite(tmp_path / "q0", f"{name}.qweight", words)
+    moved(q0, tmp_path / "q")
+    with pytest.raises(ModelError, match="holds more than its codes"):
+        qpatch.create(tmp_path / "q0", tmp_path / "q", tmp_path / "p.qpatch")
+    assert not (tmp_path / "p.qpatch").exists()
 
 
 def test_verify_tells_q0_from_q(made: Path) -> None:
