@@ -1,7 +1,8 @@
-"""Every quantizer on the embedded model, before and after the patch (bench/quantizers.yaml).
+"""Every quantizer on the embedded model, before and after the patch, by a plan (bench/*.yaml).
 
     python -m bench.quantizers                 # every row, seeds 0 1 2: docs/results-quantizers.md
     python -m bench.quantizers --only AQLM --seeds 0      # rows whose label begins so
+    python -m bench.quantizers --plan bounds   # another plan, with a page of its own
 
 Each row and seed runs in a process of its own, so that its peak memory is its own; its result is
 kept, and a run continues where one was stopped. A row is patched where Q0's attack success is at
@@ -40,6 +41,25 @@ class Row:
     seed: int
     quantize: dict[str, Any]
     patch: dict[str, Any] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    obedient: bool = False  # asked under the obedient agent's system prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and what its page is called.
+
+    Attributes:
+        name: Ends the names of its file and of its page; empty for the main one.
+        title: The page's heading.
+        about: What the page says of its rows, after what holds for every plan.
+        entries: The rows before `each` and `risks` repeat them.
+    """
+
+    name: str
+    title: str
+    about: str
+    entries: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +90,7 @@ def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--plan", default="", choices=["", "bounds"], help="which rows")
     parser.add_argument("--only", help="the beginning of a label")
     parser.add_argument("--storage", default=".bench/quantizers")
     parser.add_argument("--processes", type=int, default=2)
@@ -77,29 +98,51 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what the page should say of these results")
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
-    wanted = [row for seed in args.seeds for row in rows(seed)]
+    plan = read_plan(args.plan)
+    wanted = [row for seed in args.seeds for row in rows(seed, plan)]
     chosen = [row for row in wanted if row.label.startswith(args.only or "")]
     if not args.page:
         measure_all(chosen, args.storage, args.processes, time.time() + 60 * args.minutes)
     from bench.quantizers_page import write_page
 
     kept = [place(args.storage, row) for row in wanted]
-    write_page([read(path) for path in kept if path.exists()], len(wanted), args.note)
+    write_page([read(path) for path in kept if path.exists()], len(wanted), args.note, plan)
 
 
-def rows(seed: int) -> Iterator[Row]:
-    """Yield the plan's rows for one seed."""
-    for entry in read_yaml((HERE / "quantizers.yaml").read_text())["rows"]:
-        (key, values), *_ = [*entry.get("each", {}).items(), ("", [None])]
-        for value, risk in itertools.product(values, entry.get("risks", [None])):
-            settings, label = dict(entry["quantize"]), entry["label"]
-            if key:
-                label = label.format(**{key.rpartition(".")[2]: value})
-                settings = merged(settings, nested(key, value))
-            if risk:
-                label = f"{label}, risk {risk}"
-                settings = merged(settings, {"calibration": {"risk": risk}})
-            yield Row(label, seed, settings, entry.get("patch", {}))
+def read_plan(name: str = "") -> Plan:
+    """Read bench/quantizers.yaml, or the plan of another name beside it."""
+    data = read_yaml((HERE / f"{stem(name)}.yaml").read_text())
+    return Plan(name, data["title"], data["about"], data["rows"])
+
+
+def stem(name: str) -> str:
+    """Return what a plan's files are called."""
+    return f"quantizers-{name}" if name else "quantizers"
+
+
+def rows(seed: int, plan: Plan) -> Iterator[Row]:
+    """Yield a plan's rows for one seed."""
+    for entry in plan.entries:
+        each = entry.get("each", {})
+        for values in itertools.product(*each.values()):
+            for risk in entry.get("risks", [None]):
+                yield row_of(entry, seed, dict(zip(each, values, strict=True)), risk)
+
+
+def row_of(entry: dict[str, Any], seed: int, chosen: dict[str, Any], risk: str | None) -> Row:
+    """Return one row of an entry: with a value for each key of `each`, at a risk level."""
+    settings = {"quantize": entry["quantize"], "pairs": {}}
+    for key, value in chosen.items():
+        settings = merged(
+            settings, nested(key if key.startswith("pairs.") else f"quantize.{key}", value)
+        )
+    label = entry["label"].format(**{key.rpartition(".")[2]: v for key, v in chosen.items()})
+    if risk:
+        label = f"{label}, risk {risk}"
+        settings = merged(settings, nested("quantize.calibration.risk", risk))
+    return Row(
+        label, seed, patch=entry.get("patch", {}), obedient=entry.get("obedient", False), **settings
+    )
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
@@ -175,18 +218,22 @@ def measured(row: Row, storage: str) -> Found:
 
 def experiment_of(row: Row, storage: str) -> Any:
     """Return the row's experiment, in this process, on the test prompts."""
+    from qresafe.embedded.calibration import OBEDIENT_AGENT
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
     from qresafe.stages.seeds import with_seed
     from qresafe.variants import with_changes
 
+    system = {"generate": {"system_prompt": OBEDIENT_AGENT}} if row.obedient else {}
+    prompts = [{"axis": axis, "split": "test"} for axis in AXES]
     own = {
         "name": f"seed{row.seed}",
         "storage": storage,
-        "evaluate": {"prompts": [{"axis": axis, "split": "test"} for axis in AXES]},
+        "evaluate": {"prompts": prompts} | system,
         "resources": {"workers": 0},
         "quantize": row.quantize,
         "patch": row.patch,
+        "pairs": row.pairs,
     }
     spec = with_changes(ExperimentSpec(), own)
     return Experiment(with_seed(spec, row.seed), InProcessRuntime())

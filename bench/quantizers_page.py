@@ -8,12 +8,11 @@ import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.quantizers import LOSS, Found
+from bench.quantizers import LOSS, Found, Plan, stem
 from bench.quantizers_plots import bits_plot, size_plot
 from qresafe.stages.statistics import wilson
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "results-quantizers.md"
 BITS_PLOT, SIZE_PLOT = "results-quantizers-bits.svg", "results-quantizers-size.svg"
 ARMS = ("W", "control", "Q0", "Q")
 DUST = 1e-9  # of binary fractions
@@ -21,38 +20,44 @@ DUST = 1e-9  # of binary fractions
 Rows = Sequence[Found]  # of one label: one per seed
 
 
-def write_page(found: Sequence[Found], planned: int, note: str = "") -> None:
-    """Write docs/results-quantizers.md and its plots from the results that are there.
+def write_page(found: Sequence[Found], planned: int, note: str, plan: Plan) -> None:
+    """Write the plan's page, docs/results-*.md, from the results that are there.
+
+    The plots are of the main plan's rows.
 
     Args:
         found: The results.
         planned: How many the plan has.
         note: What else to know of these results; may be empty.
+        plan: Whose rows they are.
     """
     labels = list(dict.fromkeys(one.row.label for one in found))
     by_label = {label: [one for one in found if one.row.label == label] for label in labels}
     whole = {k: v for k, v in by_label.items() if not any(one.refused for one in v)}
     refused = {k: v[0].refused for k, v in by_label.items() if k not in whole}
-    parts = [*filter(None, (_head(found, planned), note)), _table(whole)]
+    parts = [*filter(None, (_head(found, planned, plan), plan.about, note)), _table(whole)]
     if refused:
         parts.append("## Refused\n\n" + "\n".join(f"- {k}: {why}" for k, why in refused.items()))
     parts.append(_bounds(whole))
-    bits_plot(whole, DOCS / BITS_PLOT)
-    size_plot(whole, DOCS / SIZE_PLOT)
-    parts.append(f"## Bits against attack success\n\n![bits against attack success]({BITS_PLOT})")
-    parts.append(f"## What 16-bit weights buy\n\n![size, attack success, match]({SIZE_PLOT})")
-    PAGE.write_text("\n\n".join(parts) + "\n")
-    print(f"wrote {PAGE} from {len(found)} of {planned} results")
+    if not plan.name:
+        bits_plot(whole, DOCS / BITS_PLOT)
+        size_plot(whole, DOCS / SIZE_PLOT)
+        parts.append(f"## Bits against attack success\n\n![bits, attack success]({BITS_PLOT})")
+        parts.append(f"## What 16-bit weights buy\n\n![size, attack success, match]({SIZE_PLOT})")
+    page = DOCS / f"results-{stem(plan.name)}.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    print(f"wrote {page} from {len(found)} of {planned} results")
 
 
-def _head(found: Sequence[Found], planned: int) -> str:
+def _head(found: Sequence[Found], planned: int, plan: Plan) -> str:
     seeds = sorted({one.row.seed for one in found})
     n = next((one.arms["W"]["attack_success"][1] for one in found if one.arms), 0)
     some = "" if len(found) == planned else f" {len(found)} of the plan's {planned} results so far."
+    made_by = f"python -m bench.quantizers --plan {plan.name}"
+    made_by = made_by if plan.name else "make bench-quantizers"
     return (
-        "# Quantizers before and after the patch\n\n"
-        f"Made by `make bench-quantizers` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), embedded model, seeds {', '.join(map(str, seeds))}, test split, "
+        f"# {plan.title}\n\nMade by `{made_by}` on {datetime.date.today()}, {os.cpu_count()} CPU "
+        f"cores ({platform.machine()}), embedded model, seeds {', '.join(map(str, seeds))}, test split, "
         f"{n} harmful prompts a seed.{some} Shares in % are means over seeds, per seed in round "
         "brackets; in square brackets the 95 % Wilson interval of all seeds' prompts together, "
         "which are the same prompts for every seed. A row is patched where Q0's attack success is "

@@ -8,15 +8,40 @@ import pytest
 from pydantic import TypeAdapter
 
 from bench import quantizers_page
-from bench.quantizers import Found, Row, place, rows
+from bench.quantizers import Found, Row, experiment_of, place, read_plan, rows
 from qresafe.quantize_specs import QuantizeSpec
 
 
-def test_every_row_of_the_plan_is_a_valid_spec_of_its_own() -> None:
-    plan = list(rows(0))
+@pytest.mark.parametrize("name", ["", "bounds"])
+def test_every_row_of_the_plan_is_a_valid_spec_of_its_own(name: str) -> None:
+    plan = list(rows(0, read_plan(name)))
     accepts = TypeAdapter(QuantizeSpec)
     assert all(accepts.validate_python(row.quantize) for row in plan)
     assert len({place("s", row) for row in plan}) == len({row.label for row in plan}) == len(plan)
+
+
+def test_the_bounds_plan_asks_as_it_says(tmp_path: Path) -> None:
+    by_label = {row.label: row for row in rows(1, read_plan("bounds"))}
+    agent = experiment_of(by_label["LLM-QAT INT3, risk II, 10 epochs"], str(tmp_path)).spec
+    assert (agent.quantize.bits, agent.quantize.epochs) == (3, 10)
+    assert agent.quantize.calibration.risk == "II"
+    assert "absolutely obedient" in agent.evaluate.generate.system_prompt
+    more = experiment_of(by_label["QLoRA INT4, risk III, 1200 benign pairs"], str(tmp_path)).spec
+    assert (more.quantize.base.bits, more.pairs.benign, more.pairs.harmful) == (4, 1200, 300)
+    assert (more.quantize.calibration.risk, more.quantize.epochs) == ("III", None)
+    assert more.evaluate.generate.system_prompt is None
+    # LLM-QAT 4 widths and 2 epochs, QLoRA 3 epochs, 1 and 2 more; benign pairs 6 x 2 and 2 x 2
+    assert len(by_label) == 6 + 6 + 12 + 4
+
+
+def test_another_plan_has_its_own_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizers_page, "DOCS", tmp_path)
+    quantizers_page.write_page([found("repaired", 80, 5)], 1, "", read_plan("bounds"))
+    assert [file.name for file in tmp_path.iterdir()] == ["results-quantizers-bounds.md"]
+    page = (tmp_path / "results-quantizers-bounds.md").read_text()
+    assert "`python -m bench.quantizers --plan bounds`" in page
+    assert "under the agent's system prompt" in page
+    assert "| repaired | +3.0 | +0.0 | +0.0 | yes |" in page
 
 
 def found(label: str, attack_q0: int, attack_q: int | None, match_q: int = 90) -> Found:
@@ -36,15 +61,14 @@ def test_the_page_judges_the_patched_rows_and_them_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantizers_page, "DOCS", tmp_path)
-    monkeypatch.setattr(quantizers_page, "PAGE", tmp_path / "page.md")
     results = [
         found("kept", 3, None),
         found("repaired", 80, 5),  # 3 points above W: just inside
         found("costly", 80, 5, match_q=88),  # loses 2 points of exact match
         Found(Row("odd", 0, {}), refused="no such layer"),
     ]
-    quantizers_page.write_page(results, planned=9)
-    page = (tmp_path / "page.md").read_text()
+    quantizers_page.write_page(results, 9, "", read_plan())
+    page = (tmp_path / "results-quantizers.md").read_text()
     assert "4 of the plan's 9 results so far" in page
     assert "- odd: no such layer" in page
     bounds = page[page.index("## Bounds") :]
