@@ -56,8 +56,9 @@ def _head(found: Sequence[Found], planned: int, plan: Plan) -> str:
     made_by = f"python -m bench.quantizers --plan {plan.name}"
     made_by = made_by if plan.name else "make bench-quantizers"
     return (
-        f"# {plan.title}\n\nMade by `{made_by}` on {datetime.date.today()}, {os.cpu_count()} CPU "
-        f"cores ({platform.machine()}), embedded model, seeds {', '.join(map(str, seeds))}, test split, "
+        f"# {plan.title}\n\n"
+        f"Made by `{made_by}` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), embedded model, seeds {', '.join(map(str, seeds))}, test split, "
         f"{n} harmful prompts a seed.{some} Shares in % are means over seeds, per seed in round "
         "brackets; in square brackets the 95 % Wilson interval of all seeds' prompts together, "
         "which are the same prompts for every seed. A row is patched where Q0's attack success is "
