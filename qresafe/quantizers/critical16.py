@@ -73,10 +73,9 @@ def quantize(
 def planned(source: Path, spec: Critical16Spec) -> list[str]:
     """Return the layers of which weights may be kept; see `registry.planned_layers`."""
     base = spec.base
-    planned_layers.get(base.method)(source, base)
-    if isinstance(base, QloraSpec):  # what its own base quantizes, adapted or not
-        base = base.base
     names: list[str] = planned_layers.get(base.method)(source, base)
+    if isinstance(base, QloraSpec):  # all that its own base quantizes, adapted or not
+        names = planned_layers.get(base.base.method)(source, base.base)
     if odd := sorted(set(names) - set(linear_layers(source))):
         what = f"critical16 scores nn.Linear layers, and {odd[0]} is another kind"
         remedy = f"use quantize.method: {spec.base.method}, or another model"
@@ -97,9 +96,9 @@ def check_room(sizes: Mapping[str, int], fraction: float) -> None:
     Raises:
         SpecError: None does.
     """
-    least = min(sizes.values()) / sum(sizes.values())
-    if fraction < least:
-        remedy = f"use at least {least:.4f}, or structure: weights"
+    least, total = min(sizes.values()), sum(sizes.values())
+    if least > fraction * total:
+        remedy = f"use at least {least / total:.4f}, or structure: weights"
         raise SpecError(f"no layer is as small as {fraction:g} of all", remedy=remedy)
 
 

@@ -20,7 +20,7 @@ from qresafe.errors import UserError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model
 from qresafe.quantize_specs import QuantizeSpec
-from qresafe.registry import quantizers
+from qresafe.registry import planned_layers, quantizers
 
 PAGE = Path(__file__).parents[2] / "docs" / "quantizers.md"
 SIZES: dict[str, Any] = {
@@ -119,6 +119,7 @@ def test_a_cell(
         return
     run(models[architecture], tmp_path, spec, control=False)
     before = QuantizedCheckpoint.open(tmp_path / "checkpoint")
+    assert set(planned_layers.get(spec.method)(models[architecture], spec)) == set(before.names)
     codes = one_step(tmp_path / "checkpoint")
     assert any(not torch.equal(codes[name], before[name].codes) for name in codes)
     q = before.rewrite(tmp_path / "q", codes)
