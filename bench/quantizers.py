@@ -217,10 +217,16 @@ def measured(row: Row, storage: str) -> Found:
 
 
 def experiment_of(row: Row, storage: str) -> Any:
-    """Return the row's experiment, in this process, on the test prompts."""
-    from qresafe.embedded.calibration import OBEDIENT_AGENT
+    """Return the row's experiment, in this process."""
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
+
+    return Experiment(spec_of(row, storage), InProcessRuntime())
+
+
+def spec_of(row: Row, storage: str) -> ExperimentSpec:
+    """Return what the row's experiment is: on the test prompts, with its seed everywhere."""
+    from qresafe.embedded.calibration import OBEDIENT_AGENT
     from qresafe.stages.seeds import with_seed
     from qresafe.variants import with_changes
 
@@ -235,8 +241,7 @@ def experiment_of(row: Row, storage: str) -> Any:
         "patch": row.patch,
         "pairs": row.pairs,
     }
-    spec = with_changes(ExperimentSpec(), own)
-    return Experiment(with_seed(spec, row.seed), InProcessRuntime())
+    return with_seed(with_changes(ExperimentSpec(), own), row.seed)
 
 
 def shares(experiment: Any, arm: str) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from bench import quantizers_page
-from bench.quantizers import Found, Row, experiment_of, place, read_plan, rows
+from bench.quantizers import Found, Row, place, read_plan, rows, spec_of
 from qresafe.quantize_specs import QuantizeSpec
 
 
@@ -20,13 +20,13 @@ def test_every_row_of_the_plan_is_a_valid_spec_of_its_own(name: str) -> None:
     assert len({place("s", row) for row in plan}) == len({row.label for row in plan}) == len(plan)
 
 
-def test_the_bounds_plan_asks_as_it_says(tmp_path: Path) -> None:
-    by_label = {row.label: row for row in rows(1, read_plan("bounds"))}
-    agent = experiment_of(by_label["LLM-QAT INT3, risk II, 10 epochs"], str(tmp_path)).spec
+def test_the_bounds_plan_asks_as_it_says() -> None:
+    by_label = {row.label: row for row in rows(0, read_plan("bounds"))}
+    agent = spec_of(by_label["LLM-QAT INT3, risk II, 10 epochs"], "s")
     assert (agent.quantize.bits, agent.quantize.epochs) == (3, 10)
     assert agent.quantize.calibration.risk == "II"
     assert "absolutely obedient" in agent.evaluate.generate.system_prompt
-    more = experiment_of(by_label["QLoRA INT4, risk III, 1200 benign pairs"], str(tmp_path)).spec
+    more = spec_of(by_label["QLoRA INT4, risk III, 1200 benign pairs"], "s")
     assert (more.quantize.base.bits, more.pairs.benign, more.pairs.harmful) == (4, 1200, 300)
     assert (more.quantize.calibration.risk, more.quantize.epochs) == ("III", None)
     assert more.evaluate.generate.system_prompt is None
