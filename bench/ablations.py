@@ -17,6 +17,7 @@ import json
 import platform
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -83,13 +84,16 @@ def main() -> None:
     parser.add_argument("--storage", default=".bench/ablations")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts answered at a time")
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
-    wanted = [row for seed in args.seeds for row in rows(seed)]
+    by_seed = [rows(seed) for seed in args.seeds]
+    wanted = [row for one in zip(*by_seed, strict=True) for row in one]  # all seeds of a row
     chosen = [row for row in wanted if not args.only or row.part in (*args.only, "bases")]
     if not args.page:
-        place = Place(args.storage, args.split, args.device, time.time() + 60 * args.minutes)
+        last_start = time.time() + 60 * args.minutes
+        place = Place(args.storage, args.split, args.device, args.batch_size, last_start)
         measure_all(chosen, place, args.processes)
     if args.split == "test":
         from bench.ablations_page import write_page
@@ -140,6 +144,7 @@ class Place:
     storage: str
     split: str
     device: str
+    batch_size: int
     last_start: float
 
 
@@ -162,7 +167,7 @@ def measure_all(wanted: Sequence[Row], place: Place, processes: int) -> None:
     by_result = {kept_at(place.storage, row, place.split): row for row in wanted}
     missing = [row for path, row in by_result.items() if not path.exists()]
     bases = [row for row in wanted if row.part == "bases"]
-    seeds = [list(rows) for _, rows in itertools.groupby(bases, key=lambda row: row.seed)]
+    seeds = [[row for row in bases if row.seed == seed] for seed in sorted({r.seed for r in bases})]
     work = partial(measure_rows, place=place)
     in_processes(work, seeds, processes)
     in_processes(work, [[row] for row in missing if row.part != "bases"], processes)
@@ -179,6 +184,9 @@ def measure_rows(wanted: Sequence[Row], place: Place) -> None:
             found = measured(row, place)
         except UserError as error:
             found = Found(row, refused=str(error))
+        except Exception:  # a defect in one row should not cost the others
+            traceback.print_exc()
+            continue
         write_text(path, json.dumps(asdict(found)))
         outcome = found.refused or f"{time.perf_counter() - began:.0f} s"
         print(f"seed {row.seed}: {row.part}, {row.label}: {outcome}", flush=True)
@@ -186,7 +194,11 @@ def measure_rows(wanted: Sequence[Row], place: Place) -> None:
 
 def measured(row: Row, place: Place) -> Found:
     """Measure one row, with what it needs; keep its patch file."""
-    asked = DemoRow(row.part, row.label, row.arm, plan()["preset"], row.settings, row.seed)
+    # Fast on a GPU, where a batch costs what a row does; another size moves the last bits alone.
+    size = {"batch_size": place.batch_size}
+    settings = merged(row.settings, {"evaluate": {"generate": size}})
+    settings = merged(settings, {"pairs": size})
+    asked = DemoRow(row.part, row.label, row.arm, plan()["preset"], settings, row.seed)
     experiment = experiment_of(asked, place.split, place.storage, place.device)
     curve = raced(experiment, row.probe) if row.probe else []
     cell = measure(experiment, row.part, row.label, row.arm)

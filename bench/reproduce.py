@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +127,11 @@ def measure(task: Task, place: Place) -> None:
     began = time.perf_counter()
     runtime = InProcessRuntime(place.device)
     name = run_name(PRESET, task.seed)
-    (row,) = filled([task.arm], task.seed, name, runtime, Silent())
+    try:
+        (row,) = filled([task.arm], task.seed, name, runtime, Silent())
+    except Exception:  # a defect in one row should not cost the others
+        traceback.print_exc()
+        return
     kept = {"row": row.model_dump(), "hardware": hardware(place.device)}
     write_text(path, json.dumps(kept))
     outcome = row.refused or f"{time.perf_counter() - began:.0f} s"
