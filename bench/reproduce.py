@@ -24,7 +24,9 @@ from bench.ablations import hardware
 from bench.processes import in_processes
 from qresafe.artifacts import content_key, write_text
 from qresafe.progress import Silent
-from qresafe.stages.reproduce.filled import FilledRow, filled, run_name
+from qresafe.stages.arms import W
+from qresafe.stages.experiment import CALIBRATION, EVALUATION
+from qresafe.stages.reproduce.filled import FilledRow, experiment_of, filled, run_name
 from qresafe.stages.reproduce.page import page
 from qresafe.stages.reproduce.plan import PlannedArm, planned
 from qresafe.stages.reproduce.tables import paper_table, preset, table_names
@@ -97,26 +99,38 @@ def measure_all(wanted: Sequence[Task], place: Place, processes: int) -> None:
     # Additive codebooks take ten times as long as everything else: last.
     for task in sorted(by_key.values(), key=lambda task: task.arm.arm.quantizer.startswith("AQLM")):
         by_q0.setdefault(task.quantized, []).append(task)
-    shared = itertools.groupby(by_key.values(), key=lambda task: task.seed)
     work = partial(measure, place=place)
-    in_processes(partial(measure_teacher, place=place), [list(t) for _, t in shared], processes)
+    in_processes(partial(measure_shared, place=place), shared(by_key.values()), processes)
     in_processes(work, [tasks[0] for tasks in by_q0.values()], processes)
     in_processes(work, [one for tasks in by_q0.values() for one in tasks[1:]], processes)
 
 
-def measure_teacher(rows: Sequence[Task], place: Place) -> None:
-    """Make what the rows of a seed share: W's answers, under each system prompt."""
-    from qresafe.stages.arms import W
-    from qresafe.stages.experiment import CALIBRATION
-    from qresafe.stages.reproduce.filled import experiment_of
+def shared(rows: Iterable[Task]) -> list[tuple[str, Task]]:
+    """Return what rows of the same seed share of W, each once: answers and attacks on it."""
+    found: dict[str, tuple[str, Task]] = {}
+    for task in rows:
+        if not task.arm.spec:
+            continue
+        asked = task.arm.spec.evaluate
+        found.setdefault(f"{CALIBRATION} {task.seed}", (CALIBRATION, task))
+        found.setdefault(f"{asked.generate} {task.seed}", (EVALUATION, task))
+        if asked.attack:
+            found.setdefault(f"{asked.attack} {task.seed}", ("attack", task))
+    return list(found.values())
 
-    specs = [task.arm.spec for task in rows if task.arm.spec]
-    by_decoding = {spec.evaluate.generate: spec for spec in specs}
-    for spec in by_decoding.values():
-        runtime, name = InProcessRuntime(place.device), run_name(PRESET, rows[0].seed)
-        experiment = experiment_of(spec, rows[0].seed, name, runtime, Silent())
-        experiment.verdicts(W)
+
+def measure_shared(what: tuple[str, Task], place: Place) -> None:
+    """Make one thing that rows of a seed share of W."""
+    kind, task = what
+    assert task.arm.spec is not None
+    runtime, name = InProcessRuntime(place.device), run_name(PRESET, task.seed)
+    experiment = experiment_of(task.arm.spec, task.seed, name, runtime, Silent())
+    if kind == CALIBRATION:
         experiment.completions(W, CALIBRATION)
+    elif kind == EVALUATION:
+        experiment.verdicts(W)
+    else:
+        experiment.attacked(W)
 
 
 def measure(task: Task, place: Place) -> None:
