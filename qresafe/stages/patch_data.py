@@ -89,7 +89,7 @@ class Pool:
         return {name: int(mask[list(indices)].sum()) for name, mask in self.eligible.items()}
 
     def mask_rows(self, mask: MaskSpec, seed: int) -> list[Row]:
-        """Return the rows that SNIP scores: `mask.rows`; rows of any kind if no pair is a preference.
+        """Return the rows that SNIP scores: those of `mask.rows`, or any if none is a preference.
 
         Args:
             mask: At most `samples` rows are drawn without replacement. `loss` "nll" scores
