@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,14 +112,13 @@ def measure_rows(rows: Sequence[Row], split: str, storage: str, last_start: floa
     cells = []
     for row in rows:
         if time.time() < last_start:
-            experiment = _experiment(row.preset, row.seed, split, storage, row.settings)
+            experiment = experiment_of(row, split, storage)
             cells.append(measure(experiment, row.scenario, row.label, row.arm))
     return cells
 
 
-def _experiment(
-    preset: str, seed: int, split: str, storage: str, settings: Mapping[str, Any]
-) -> Any:
+def experiment_of(row: Row, split: str, storage: str, device: str = "cpu") -> Any:
+    """Return a row's experiment, in this process on `device`, one run per seed."""
     from qresafe.presets import load_experiment
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
@@ -127,14 +126,14 @@ def _experiment(
     from qresafe.variants import with_changes
 
     own = {
-        "name": f"seed{seed}",
+        "name": f"seed{row.seed}",
         "storage": storage,
         "evaluate": {"prompts": [{"axis": axis, "split": split} for axis in AXES]},
         "resources": {"workers": 0},
     }
-    given = {key: value for key, value in settings.items() if key != "label"}
-    spec = with_changes(load_experiment(preset), merged(own, given))
-    return Experiment(with_seed(spec, seed), InProcessRuntime())
+    given = {key: value for key, value in row.settings.items() if key != "label"}
+    spec = with_changes(load_experiment(row.preset), merged(own, given))
+    return Experiment(with_seed(spec, row.seed), InProcessRuntime(device))
 
 
 def measure(experiment: Any, scenario: str, label: str, arm: str) -> Cell:

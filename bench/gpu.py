@@ -64,11 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     budget = Budget(options.minutes)
     place = Place(device, dtype, measure_limits(device, dtype), budget)
-    found = {name: list(_measure_all(SHAPES[name], place)) for name in options.shapes.split(",")}
-    page = render(found, place)
-    print(page)
-    if options.out:
-        options.out.write_text(page)
+    found: dict[str, list[Row]] = {}
+    for name in options.shapes.split(","):
+        found[name] = []
+        for row in _measure_all(SHAPES[name], place):
+            found[name].append(row)
+            if options.out:  # after every row: a lent machine may go before the last
+                options.out.write_text(render(found, place))
+    print(render(found, place))
     return 0
 
 
@@ -82,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure_all(shape: Shape, place: Place) -> Iterator[Row]:
+    """Yield the rows one by one, each as soon as its measurement is done."""
     for name, measure in PLAN.items():
         yield from measure_one(name, measure, shape, place)
 

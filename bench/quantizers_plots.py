@@ -31,7 +31,7 @@ def bits_plot(whole: Table, file: Path) -> None:
     panels[0].set_ylabel("attack success, %")
     if families:
         panels[0].legend(frameon=False, fontsize=7, title="Q0 solid, Q dashed", title_fontsize=7)
-    _save(figure, file)
+    save_svg(figure, file)
 
 
 def size_plot(whole: Table, file: Path) -> None:
@@ -50,7 +50,7 @@ def size_plot(whole: Table, file: Path) -> None:
             panel.axhline(_mean(w), color=PAINTS[0], linewidth=0.8, linestyle=":")
         panel.margins(x=0.35)
         panel.set(xlabel="checkpoint, MB", ylabel=f"{measure.replace('_', ' ')}, % (dotted: W)")
-    _save(figure, file)
+    save_svg(figure, file)
 
 
 def mean_share(rows: Sequence[Found], arm: str, measure: str) -> float:
@@ -82,7 +82,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _save(figure: Any, file: Path) -> None:
+def save_svg(figure: Any, file: Path) -> None:
+    """Write a figure so that equal figures are equal bytes, and close it."""
     plt.rcParams.update({"svg.hashsalt": "qresafe", "svg.fonttype": "none"})
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})

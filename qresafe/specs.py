@@ -122,8 +122,12 @@ class MaskSpec(Spec):
     tau: Fraction = 0.3
     on: Literal["weight", "factors"] = "weight"
     scope: Literal["global", "layer"] = "global"
-    score: Literal["snip", "random", "magnitude"] = "snip"
+    # set_difference: SNIP of refusals, without the top `utility_tau` of SNIP of benign answers.
+    score: Literal["snip", "set_difference", "random", "magnitude"] = "snip"
+    utility_tau: Fraction = 0.1
     loss: Literal["nll", "dpo"] = "nll"  # L of Eq. 3: -log p(y_w|x), or the DPO loss
+    # D_calib of Eq. 3: pairs where W refuses and Q0 complies, or prompts of every kind.
+    rows: Literal["preferences", "all"] = "preferences"
     remask_every: Count = 50  # K of Algorithm 1; 0: mask once
     samples: AtLeastOne = 64
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from qresafe import records
 from qresafe.errors import DataError
 from qresafe.hf.batching import right_pad
-from qresafe.specs import ObjectiveSpec, PatchSpec
+from qresafe.specs import MaskSpec, ObjectiveSpec, PatchSpec
 
 TERMS = ("dpo", "nll", "kl", "anchor")
 ANCHOR_KINDS = ("benign", "borderline", "recombined")
@@ -88,25 +88,41 @@ class Pool:
         """Return how many of the rows at `indices` each term applies to."""
         return {name: int(mask[list(indices)].sum()) for name, mask in self.eligible.items()}
 
-    def mask_rows(self, samples: int, seed: int, loss: str) -> list[Row]:
-        """Return the rows that SNIP scores: preference rows, else rows with W's answers.
+    def mask_rows(self, mask: MaskSpec, seed: int) -> list[Row]:
+        """Return the rows that SNIP scores: those of `mask.rows`, or any if none is a preference.
 
         Args:
-            samples: At most so many, drawn without replacement.
+            mask: At most `samples` rows are drawn without replacement. `loss` "nll" scores
+                -log p(y_w | x) of whole answers, "dpo" the DPO loss.
             seed: Of the draw; the same rows at every re-masking.
-            loss: "nll" scores -log p(y_w | x) of whole answers, "dpo" the DPO loss.
 
         Raises:
-            DataError: `loss` is "dpo" and there is no preference row.
+            DataError: `mask.loss` is "dpo" and there is no preference row.
         """
         preferences = np.flatnonzero(_eligible(self.table, "dpo"))
-        if loss == "dpo" and not len(preferences):
+        if mask.loss == "dpo" and not len(preferences):
             raise DataError(
                 "patch.mask.loss is dpo, but no pair is a preference", remedy="use mask.loss: nll"
             )
-        found = preferences if len(preferences) else np.arange(len(self))
-        drawn = np.sort(np.random.default_rng([seed, 1]).permutation(found)[:samples])
-        term = "dpo" if loss == "dpo" else "nll"
+        every = mask.rows == "all" or not len(preferences)
+        return self._drawn(np.arange(len(self)) if every else preferences, mask, seed, mask.loss)
+
+    def utility_rows(self, mask: MaskSpec, seed: int) -> list[Row]:
+        """Return benign rows, whose answers the weights of `mask.score: set_difference` leave be.
+
+        Raises:
+            DataError: There is none.
+        """
+        benign = np.flatnonzero(pc.equal(self.table["kind"], "benign").to_numpy())
+        if not len(benign):
+            remedy = "raise pairs.benign, or use another patch.mask.score"
+            raise DataError(
+                "patch.mask.score is set_difference, but no pair is benign", remedy=remedy
+            )
+        return self._drawn(benign, mask, seed, "nll")
+
+    def _drawn(self, found: np.ndarray, mask: MaskSpec, seed: int, term: str) -> list[Row]:
+        drawn = np.sort(np.random.default_rng([seed, 1]).permutation(found)[: mask.samples])
         data = self.table.take(pa.array(drawn, pa.int64())).to_pylist()
         return [full_row(row, frozenset({term})) for row in data]
 

@@ -27,7 +27,7 @@ from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
 from qresafe.stages.patch_loss import term_losses
-from qresafe.stages.patch_mask import renew_masks
+from qresafe.stages.patch_mask import mask_rows, renew_masks
 from qresafe.stages.patch_output import as_exported, codes_changed, write_results
 from qresafe.stages.train_engine import TrainEngine
 
@@ -132,10 +132,7 @@ class PatchLoop:
         self.steps = total_steps(len(self.pool), spec)
         self.step = self.mask_version = 0
         self.history: list[dict[str, Any]] = []
-        mask = spec.mask
-        self._mask_rows = (
-            self.pool.mask_rows(mask.samples, spec.seed, mask.loss) if mask.score == "snip" else []
-        )
+        self._mask_rows = mask_rows(self.pool, spec)
 
     def advance(self) -> dict[str, Any]:
         """Do one optimizer step, after a re-masking where it is due; return its record."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,41 @@ from torch import Tensor
 from qresafe.core.masked_lora import MaskedLoraLinear
 from qresafe.core.masks import LazyScores, magnitude_scores, random_scores
 from qresafe.core.remask import RemaskReport, remask
+from qresafe.core.set_difference import set_difference
 from qresafe.core.snip import SnipScorer
 from qresafe.hf.answer_head import AnswerHead
 from qresafe.specs import MaskSpec, PatchSpec
-from qresafe.stages.patch_data import Batch, Row, collate, share
+from qresafe.stages.patch_data import Batch, Pool, Row, collate, share
 from qresafe.stages.patch_loss import answer_logps, term_losses
 from qresafe.stages.train_engine import TrainEngine
 
 Layers = Mapping[str, MaskedLoraLinear]
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """What SNIP scores; the same rows at every re-masking.
+
+    Attributes:
+        safety: Of the pool's refusals; empty where the mask asks no gradient.
+        utility: Benign rows, for `mask.score: set_difference` alone.
+    """
+
+    safety: Sequence[Row] = ()
+    utility: Sequence[Row] = ()
+
+
+def mask_rows(pool: Pool, spec: PatchSpec) -> MaskRows:
+    """Return what the mask's score is computed on.
+
+    Raises:
+        DataError: The pool lacks such rows.
+    """
+    mask = spec.mask
+    if mask.score not in ("snip", "set_difference"):
+        return MaskRows()
+    utility = pool.utility_rows(mask, spec.seed) if mask.score == "set_difference" else ()
+    return MaskRows(pool.mask_rows(mask, spec.seed), utility)
 
 
 def renew_masks(
@@ -27,7 +55,7 @@ def renew_masks(
     model: Any,
     head: AnswerHead,
     layers: Layers,
-    rows: Sequence[Row],
+    rows: MaskRows,
     spec: PatchSpec,
     version: int,
 ) -> RemaskReport:
@@ -38,7 +66,7 @@ def renew_masks(
         model: Q0 with patched layers, not wrapped by the engine.
         head: Of `model`.
         layers: Name -> patched layer.
-        rows: What SNIP scores (`Pool.mask_rows`).
+        rows: What SNIP scores.
         spec: The mask's part, beta and the micro-batch size.
         version: Number of the new mask, from 1.
     """
@@ -80,11 +108,17 @@ def _scores(
     model: Any,
     head: AnswerHead,
     layers: Layers,
-    rows: Sequence[Row],
+    rows: MaskRows,
     spec: PatchSpec,
 ) -> Mapping[str, Tensor]:
     if spec.mask.score == "snip":
-        return snip_scores(engine, model, head, layers, rows, spec)
+        return snip_scores(engine, model, head, layers, rows.safety, spec)
+    if spec.mask.score == "set_difference":
+        safety = snip_scores(engine, model, head, layers, rows.safety, spec)
+        answers = spec.mask.model_copy(update={"loss": "nll"})  # benign rows have no pair
+        plain = spec.model_copy(update={"mask": answers})
+        utility = snip_scores(engine, model, head, layers, rows.utility, plain)
+        return set_difference(safety, utility, spec.mask.utility_tau)
     if spec.mask.score == "magnitude":
         return magnitude_scores({n: _weight(engine, layer) for n, layer in layers.items()})
     shapes = {name: layer.shape for name, layer in layers.items()}

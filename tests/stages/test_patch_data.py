@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qresafe.core.objectives import objective
 from qresafe.errors import DataError
 from qresafe.hf.answer_head import AnswerHead
-from qresafe.specs import ObjectiveSpec
+from qresafe.specs import MaskSpec, ObjectiveSpec
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
 from qresafe.stages.patch_loss import term_losses
 
@@ -70,14 +70,26 @@ def test_pool_keeps_the_rows_that_a_term_uses() -> None:
 
 def test_mask_rows_are_preferences_else_answers() -> None:
     pairs = random_pairs(preferences=3, anchors=5)
-    rows = Pool(pairs, None, ObjectiveSpec()).mask_rows(2, seed=0, loss="nll")
+    rows = Pool(pairs, None, ObjectiveSpec()).mask_rows(MaskSpec(samples=2), seed=0)
     wanted = [row["chosen_ids"] for row in pairs.to_pylist() if row["preference"]]
     assert len(rows) == 2
     assert all(row.chosen in wanted for row in rows)
     no_preference = Pool(random_pairs(preferences=0, anchors=5), None, ObjectiveSpec())
-    assert len(no_preference.mask_rows(3, seed=0, loss="nll")) == 3
+    assert len(no_preference.mask_rows(MaskSpec(samples=3), seed=0)) == 3
     with pytest.raises(DataError, match="no pair is a preference"):
-        no_preference.mask_rows(3, seed=0, loss="dpo")
+        no_preference.mask_rows(MaskSpec(samples=3, loss="dpo"), seed=0)
+
+
+def test_mask_rows_of_every_kind_and_of_benign_answers() -> None:
+    pairs = random_pairs(preferences=3, anchors=5)
+    pool = Pool(pairs, None, ObjectiveSpec())
+    assert len(pool.mask_rows(MaskSpec(samples=8, rows="all"), seed=0)) == 8
+    benign = [row["chosen_ids"] for row in pairs.to_pylist() if row["kind"] == "benign"]
+    rows = pool.utility_rows(MaskSpec(samples=64), seed=0)
+    assert [row.chosen for row in rows] == benign
+    only_pairs = Pool(random_pairs(preferences=3, anchors=0), None, ObjectiveSpec())
+    with pytest.raises(DataError, match="no pair is benign"):
+        only_pairs.utility_rows(MaskSpec(), seed=0)
 
 
 def test_kl_rows_are_cut_and_lengths_say_so() -> None:

@@ -1,0 +1,242 @@
+"""Ablations of the patch on the embedded model (bench/ablations.yaml): docs/results.md.
+
+    python -m bench.ablations                          # every row, seeds 0 1 2
+    python -m bench.ablations --only tau rank --seeds 0
+    python -m bench.ablations --page                   # the page of the rows that are there
+
+Everything runs in this process and its children; a row that was measured is kept with the hardware
+that it ran on and its *.qpatch, and a run continues where one was stopped. All choices of the
+project were made on the development split; this is the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.demo import AXES, Cell, experiment_of, measure
+from bench.demo import Row as DemoRow
+from bench.processes import in_processes
+from qresafe.artifacts import content_key, write_text
+from qresafe.errors import UserError
+from qresafe.loading import merged, read_yaml
+
+HERE = Path(__file__).parent
+BASES = ("W", "control", "Q0")  # measured once a seed, before everything that builds on them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the page with one seed.
+
+    Attributes:
+        part: Of the plan: a curve, a group, or "races".
+        label: Of the row within its part.
+        arm: What is measured.
+        settings: Of the experiment, on top of the preset.
+        seed: Of all stages and of W.
+        probe: {"every": steps, "prompts": count} where the patch is watched while it is trained.
+    """
+
+    part: str
+    label: str
+    arm: str
+    settings: dict[str, Any]
+    seed: int
+    probe: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a row showed.
+
+    Attributes:
+        row: The row.
+        cell: Its figures.
+        hardware: Device and torch version.
+        curve: [step, seconds of training so far, attack success] of a race.
+        refused: Why there is no result, in the project's own words.
+    """
+
+    row: Row
+    cell: Cell | None = None
+    hardware: str = ""
+    curve: list[list[float]] = field(default_factory=list)
+    refused: str = ""
+
+
+def main() -> None:
+    """Measure what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the plan")
+    parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--storage", default=".bench/ablations")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts answered at a time")
+    parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
+    parser.add_argument("--page", action="store_true", help="write the page of what is there")
+    args = parser.parse_args()
+    by_seed = [rows(seed) for seed in args.seeds]
+    wanted = [row for one in zip(*by_seed, strict=True) for row in one]  # all seeds of a row
+    chosen = [row for row in wanted if not args.only or row.part in (*args.only, "bases")]
+    if not args.page:
+        last_start = time.time() + 60 * args.minutes
+        place = Place(args.storage, args.split, args.device, args.batch_size, last_start)
+        measure_all(chosen, place, args.processes)
+    if args.split == "test":
+        from bench.ablations_page import write_page
+
+        kept = [(row, kept_at(args.storage, row, args.split)) for row in wanted]
+        write_page([read(path, row) for row, path in kept if path.exists()], len(wanted))
+
+
+def plan() -> dict[str, Any]:
+    """Return bench/ablations.yaml."""
+    return dict(read_yaml((HERE / "ablations.yaml").read_text()))
+
+
+def rows(seed: int) -> Iterator[Row]:
+    """Yield the plan's rows for one seed, what others build on first."""
+    whole = plan()
+    for arm in BASES:
+        yield Row("bases", arm, arm, {}, seed)
+    for name, curve in whole["curves"].items():
+        for line, given in curve["of"].items():
+            for values in zip(*given["each"].values(), strict=True):
+                changes: dict[str, Any] = given.get("set", {})
+                for key, value in zip(given["each"], values, strict=True):
+                    changes = merged(changes, nested(key, value))
+                label = f"{line}, {values[0]:g}".removeprefix(", ")
+                yield Row(name, label, "Q", {"patch": changes}, seed)
+    for name, group in whole["groups"].items():
+        part = "pairs" if group.get("pairs") else "patch"
+        for label, changes in group["rows"].items():
+            yield Row(name, label, "Q", {part: changes}, seed)
+    races = whole["races"]
+    probe = {"every": races["every"], "prompts": races["prompts"]}
+    for label, changes in races["rows"].items():
+        yield Row("races", label, "Q", {"patch": changes}, seed, probe)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """Return a dotted key's value as nested mappings."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and until when rows are measured."""
+
+    storage: str
+    split: str
+    device: str
+    batch_size: int
+    last_start: float
+
+
+def kept_at(storage: str, row: Row, split: str = "test") -> Path:
+    """Return where a row's result is kept: by what is measured, whatever it is called."""
+    what = [row.arm, row.settings, row.seed, row.probe, split]
+    return Path(storage) / "rows" / f"{content_key(what)}.json"
+
+
+def read(path: Path, row: Row) -> Found:
+    """Read a kept result, as the result of `row`, which may have another name."""
+    data = json.loads(path.read_text())
+    cell = Cell(**data["cell"]) if data["cell"] else None
+    return Found(**data | {"row": row, "cell": cell})
+
+
+def measure_all(wanted: Sequence[Row], place: Place, processes: int) -> None:
+    """Measure the rows that have no result yet; the bases first, a process per seed."""
+    (Path(place.storage) / "rows").mkdir(parents=True, exist_ok=True)
+    by_result = {kept_at(place.storage, row, place.split): row for row in wanted}
+    missing = [row for path, row in by_result.items() if not path.exists()]
+    bases = [row for row in wanted if row.part == "bases"]
+    seeds = [[row for row in bases if row.seed == seed] for seed in sorted({r.seed for r in bases})]
+    work = partial(measure_rows, place=place)
+    in_processes(work, seeds, processes)
+    in_processes(work, [[row] for row in missing if row.part != "bases"], processes)
+
+
+def measure_rows(wanted: Sequence[Row], place: Place) -> None:
+    """Measure rows one after the other and keep each result; a refusal is a result too."""
+    for row in wanted:
+        path = kept_at(place.storage, row, place.split)
+        if path.exists() or time.time() > place.last_start:
+            continue
+        began = time.perf_counter()
+        try:
+            found = measured(row, place)
+        except UserError as error:
+            found = Found(row, refused=str(error))
+        except Exception:  # a defect in one row should not cost the others
+            traceback.print_exc()
+            continue
+        write_text(path, json.dumps(asdict(found)))
+        outcome = found.refused or f"{time.perf_counter() - began:.0f} s"
+        print(f"seed {row.seed}: {row.part}, {row.label}: {outcome}", flush=True)
+
+
+def measured(row: Row, place: Place) -> Found:
+    """Measure one row, with what it needs; keep its patch file."""
+    # Fast on a GPU, where a batch costs what a row does; another size moves the last bits alone.
+    size = {"batch_size": place.batch_size}
+    settings = merged(row.settings, {"evaluate": {"generate": size}})
+    settings = merged(settings, {"pairs": size})
+    asked = DemoRow(row.part, row.label, row.arm, plan()["preset"], settings, row.seed)
+    experiment = experiment_of(asked, place.split, place.storage, place.device)
+    curve = raced(experiment, row.probe) if row.probe else []
+    cell = measure(experiment, row.part, row.label, row.arm)
+    if row.part == "bases" and row.arm == "Q0":
+        assert experiment.pairs  # made here once, not by every row that follows
+    if row.arm == "Q":
+        kept = kept_at(place.storage, row, place.split).with_suffix(".qpatch")
+        shutil.copyfile(experiment.exported.path / "patch.qpatch", kept)
+    return Found(row, cell, hardware(place.device), curve)
+
+
+def raced(experiment: Any, probe: Mapping[str, int]) -> list[list[float]]:
+    """Watch the training of the patch; return [step, seconds so far, attack success].
+
+    The seconds are those of the steps and of scoring masks; looking is not counted.
+    """
+    from qresafe.specs import EvaluateSpec, PromptSetSpec
+    from qresafe.stages.probe import Probe, choose_prompts
+    from qresafe.stages.prompts import evaluation_prompts
+
+    sets = (PromptSetSpec(axis=AXES[0], split="dev"),)
+    prompts = choose_prompts(evaluation_prompts(sets), AXES[:1], probe["prompts"])
+    generate = EvaluateSpec().generate.model_copy(update={"max_new_tokens": 16})
+    experiment.probe = Probe(probe["every"], prompts, generate, ("keyword",))
+    history = (experiment.patched.path / "history.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in history]
+    spent = list(itertools.accumulate(record["seconds"] for record in records))
+    looks = experiment.probe.curve(records)
+    return [[look["step"], spent[look["step"] - 1], look["attack_success"]] for look in looks]
+
+
+def hardware(device: str) -> str:
+    """Return the name of the device, and the version of torch."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
+    return f"{name}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()

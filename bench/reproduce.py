@@ -1,0 +1,185 @@
+"""The paper's tables on the embedded model, many rows at once: docs/reproduce/.
+
+    python -m bench.reproduce                      # every table, seed 0
+    python -m bench.reproduce --only table5 --seeds 0 1 2
+    python -m bench.reproduce --page               # the pages of the rows that are there
+
+`qresafe reproduce all --preset embedded` measures the same rows one after the other. Here each
+runs in a process of its own, equal rows of several tables once, and its figures are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bench.ablations import hardware
+from bench.processes import in_processes
+from qresafe.artifacts import content_key, write_text
+from qresafe.progress import Silent
+from qresafe.stages.arms import W
+from qresafe.stages.experiment import CALIBRATION, EVALUATION
+from qresafe.stages.reproduce.filled import FilledRow, experiment_of, filled, run_name
+from qresafe.stages.reproduce.page import page
+from qresafe.stages.reproduce.plan import PlannedArm, planned
+from qresafe.stages.reproduce.tables import paper_table, preset, table_names
+from qresafe.stages.runtime import InProcessRuntime
+
+PRESET = "embedded"
+PAGES = Path(__file__).parents[1] / "docs" / "reproduce"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of a table with one seed."""
+
+    table: str
+    arm: PlannedArm
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The same for equal rows of two tables."""
+        spec = self.arm.spec.model_dump(mode="json", exclude={"storage"}) if self.arm.spec else ""
+        return content_key([spec, self.arm.arm.quantizer, list(self.arm.cells), self.seed])
+
+    @property
+    def quantized(self) -> str:
+        """The same for rows that share their Q0."""
+        spec = self.arm.spec
+        return content_key([spec.quantize.model_dump(mode="json") if spec else None, self.seed])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and until when rows are measured."""
+
+    storage: str
+    device: str
+    last_start: float
+
+
+def main() -> None:
+    """Measure what is asked for and write the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="*", default=list(table_names()), help="tables")
+    parser.add_argument("--storage", default=".bench/reproduce")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
+    parser.add_argument("--page", action="store_true", help="write the pages of what is there")
+    args = parser.parse_args()
+    (Path(args.storage) / "rows").mkdir(parents=True, exist_ok=True)
+    wanted = tasks(args.only, args.seeds, args.storage)
+    if not args.page:
+        place = Place(args.storage, args.device, time.time() + 60 * args.minutes)
+        measure_all(wanted, place, args.processes)
+    write_pages(wanted, args.storage)
+
+
+def tasks(tables: Iterable[str], seeds: Iterable[int], storage: str) -> list[Task]:
+    """Return the rows of some tables, seed by seed."""
+    overrides = [f"storage={storage}"]
+    plans = {name: planned(paper_table(name), preset(PRESET), overrides) for name in tables}
+    return [Task(name, arm, seed) for seed in seeds for name, arms in plans.items() for arm in arms]
+
+
+def measure_all(wanted: Sequence[Task], place: Place, processes: int) -> None:
+    """Measure what is missing: first what all rows share, then each Q0, then the other rows."""
+    by_key = {task.key: task for task in wanted if not kept_at(place, task).exists()}
+    by_q0: dict[str, list[Task]] = {}
+    # Additive codebooks take ten times as long as everything else: last.
+    for task in sorted(by_key.values(), key=lambda task: task.arm.arm.quantizer.startswith("AQLM")):
+        by_q0.setdefault(task.quantized, []).append(task)
+    work = partial(measure, place=place)
+    in_processes(partial(measure_shared, place=place), shared(by_key.values()), processes)
+    in_processes(work, [tasks[0] for tasks in by_q0.values()], processes)
+    in_processes(work, [one for tasks in by_q0.values() for one in tasks[1:]], processes)
+
+
+def shared(rows: Iterable[Task]) -> list[tuple[str, Task]]:
+    """Return what rows of the same seed share of W, each once: answers and attacks on it."""
+    found: dict[str, tuple[str, Task]] = {}
+    for task in rows:
+        if not task.arm.spec:
+            continue
+        asked = task.arm.spec.evaluate
+        found.setdefault(f"{CALIBRATION} {task.seed}", (CALIBRATION, task))
+        found.setdefault(f"{asked.generate} {task.seed}", (EVALUATION, task))
+        if asked.attack:
+            found.setdefault(f"{asked.attack} {task.seed}", ("attack", task))
+    return list(found.values())
+
+
+def measure_shared(what: tuple[str, Task], place: Place) -> None:
+    """Make one thing that rows of a seed share of W."""
+    kind, task = what
+    assert task.arm.spec is not None
+    runtime, name = InProcessRuntime(place.device), run_name(PRESET, task.seed)
+    experiment = experiment_of(task.arm.spec, task.seed, name, runtime, Silent())
+    if kind == CALIBRATION:
+        experiment.completions(W, CALIBRATION)
+    elif kind == EVALUATION:
+        experiment.verdicts(W)
+    else:
+        experiment.attacked(W)
+
+
+def measure(task: Task, place: Place) -> None:
+    """Measure one row and keep its figures; a refusal is a result too."""
+    path = kept_at(place, task)
+    if path.exists() or time.time() > place.last_start:
+        return
+    began = time.perf_counter()
+    runtime = InProcessRuntime(place.device)
+    name = run_name(PRESET, task.seed)
+    try:
+        (row,) = filled([task.arm], task.seed, name, runtime, Silent())
+    except Exception:  # a defect in one row should not cost the others
+        traceback.print_exc()
+        return
+    kept = {"row": row.model_dump(), "hardware": hardware(place.device)}
+    write_text(path, json.dumps(kept))
+    outcome = row.refused or f"{time.perf_counter() - began:.0f} s"
+    print(f"seed {task.seed}: {task.table}, {row.title}: {outcome}", flush=True)
+
+
+def kept_at(place: Place, task: Task) -> Path:
+    """Return where a row's figures are kept."""
+    return Path(place.storage) / "rows" / f"{task.key}.json"
+
+
+def write_pages(wanted: Sequence[Task], storage: str) -> None:
+    """Write a page for each table with the rows that are there."""
+    PAGES.mkdir(exist_ok=True)
+    place = Place(storage, "", 0.0)
+    for name, group in itertools.groupby(sorted(wanted, key=lambda t: t.table), lambda t: t.table):
+        of_table = list(group)
+        found = [(task, json.loads(kept_at(place, task).read_text()))
+                 for task in of_table if kept_at(place, task).exists()]  # fmt: skip
+        if not found:
+            continue
+        rows = [FilledRow(**kept["row"] | {"title": task.arm.arm.title}) for task, kept in found]
+        machines = ", ".join(dict.fromkeys(kept["hardware"] for _, kept in found))
+        seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows}))
+        about = (
+            f"Made by `python -m bench.reproduce --only {name}`, seeds {seeds}, {machines}; "
+            f"{len(found)} of {len(of_table)} rows."
+        )
+        arms = list(dict.fromkeys(id(t.arm) for t in of_table))
+        by_id = {id(task.arm): task.arm for task in of_table}
+        text = page(paper_table(name), [by_id[i] for i in arms], rows, preset(PRESET), about)
+        (PAGES / f"{name}.md").write_text(text)
+        print(f"wrote {PAGES / name}.md: {len(found)} of {len(of_table)} rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What patch files change: by projection and layer, and how far two of them agree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from qresafe.stages import qpatch
+
+LAYER = re.compile(r"layers\.(\d+)\..*?(\w+)_proj$")
+
+
+def touched_shares(files: Iterable[Path]) -> dict[tuple[str, int], float]:
+    """Return (projection, layer) -> the mean share of its codes that the patches change."""
+    each: dict[tuple[str, int], list[float]] = {}
+    patches = [changes_of(path) for path in files]
+    for name in dict.fromkeys(name for patch in patches for name in patch):
+        if found := LAYER.search(name):
+            shares = [len(p[name][1]) / p[name][0] if name in p else 0.0 for p in patches]
+            each[found[2], int(found[1])] = shares
+    return {place: sum(shares) / len(patches) for place, shares in each.items()}
+
+
+def overlaps(patch: Path, other: Path) -> tuple[float, float] | None:
+    """Return the share of `patch`'s changed codes that `other` changes too, and that by chance.
+
+    By chance: `other`'s share of the codes of the layers that either changes.
+
+    Returns:
+        None where `patch` changes nothing.
+    """
+    mine, theirs = changes_of(patch), changes_of(other)
+    count = sum(len(positions) for _, positions in mine.values())
+    if not count:
+        return None
+    shared = sum(
+        len(np.intersect1d(positions, theirs[name][1], assume_unique=True))
+        for name, (_, positions) in mine.items()
+        if name in theirs
+    )
+    sizes = {name: size for found in (mine, theirs) for name, (size, _) in found.items()}
+    changed = sum(len(positions) for _, positions in theirs.values())
+    return shared / count, changed / sum(sizes.values())
+
+
+def changes_of(file: Path) -> dict[str, tuple[int, np.ndarray]]:
+    """Return layer -> how many codes it has, and the sorted positions of those that change."""
+    _, changes = qpatch.read(file)
+    return {name: (change.size, change.positions.numpy()) for name, change in changes.items()}

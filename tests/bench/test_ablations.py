@@ -1,0 +1,98 @@
+"""The ablations: the plan is valid, and the page says what the results say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ablations_page
+from bench.ablations import Found, Row, kept_at, plan, rows
+from bench.ablations_page import reached
+from bench.demo import Cell
+from bench.touched import overlaps, touched_shares
+from qresafe.core.sparse_patch import SparseDiff
+from qresafe.presets import load_experiment
+from qresafe.stages import qpatch
+from qresafe.variants import with_changes
+
+
+def test_every_row_of_the_plan_is_a_valid_experiment_of_its_own() -> None:
+    base = load_experiment(plan()["preset"])
+    found = list(rows(0))
+    assert all(with_changes(base, row.settings) for row in found)
+    assert len({(row.part, row.label) for row in found}) == len(found)
+    assert [row.label for row in found[:3]] == ["W", "control", "Q0"]
+    (rank,) = [row for row in found if row.part == "rank" and row.label == "4"]
+    assert rank.settings == {"patch": {"rank": 4, "alpha": 8}}
+
+
+def test_equal_rows_of_two_parts_are_kept_once_and_seeds_apart() -> None:
+    by_name = {(row.part, row.label): row for row in rows(0)}
+    default = by_name["masks", "default"]
+    same = replace(default, part="other", label="another name")
+    assert kept_at("s", default) == kept_at("s", same)
+    assert kept_at("s", default) != kept_at("s", replace(default, seed=1))
+    assert kept_at("s", default) != kept_at("s", default, "dev")
+
+
+CURVE = [[5, 1.0, 0.9], [10, 2.0, 0.04], [15, 3.0, 0.2], [20, 4.0, 0.05], [25, 5.0, 0.03]]
+
+
+@pytest.mark.parametrize(
+    ("bound", "stays", "at"), [(0.05, True, 20), (0.05, False, 10), (0.01, True, None)]
+)
+def test_a_race_ends_where_attack_success_stays_low(
+    bound: float, stays: bool, at: int | None
+) -> None:
+    found = reached(CURVE, bound, stays)
+    assert (found[0] if found else None) == at
+
+
+def cell(attack: float, label: str, part: str, seed: int = 0) -> Cell:
+    n = {"attack_success": 100, "over_refusal": 100, "exact_match": 100, "coherence": 100}
+    measures: dict[str, float | None] = {"attack_success": attack, "over_refusal": 0.05,
+                                         "exact_match": 0.9, "coherence": 1.0}  # fmt: skip
+    return Cell(part, label, seed, n, measures, 0.9, 0.034, 1.3, 50.0)
+
+
+def test_the_page_holds_means_intervals_races_and_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations_page, "DOCS", tmp_path)
+    monkeypatch.setattr(ablations_page, "PAGE", tmp_path / "results.md")
+    found = [
+        Found(Row("bases", "W", "W", {}, 0), cell(0.02, "W", "bases"), "CPU"),
+        Found(Row("rank", "4", "Q", {}, 0), cell(0.04, "4", "rank"), "CPU"),
+        Found(Row("rank", "4", "Q", {}, 1), cell(0.08, "4", "rank", 1), "CPU"),
+        Found(Row("races", "tau .6", "Q", {}, 0), cell(0.03, "t", "races"), "CPU", CURVE),
+        Found(Row("masks", "odd", "Q", {}, 0), refused="no such layer"),
+    ]
+    ablations_page.write_page(found, planned=9, storage=str(tmp_path))
+    page = (tmp_path / "results.md").read_text()
+    assert "4 of the plan's 9 results" in page
+    # 12 of 200: Wilson's middle is (12 + 1.92) / 203.84 = 6.8 %, and half its width 3.4.
+    assert "| 4 | 6.0 (4.0/8.0) [3.5, 10.2] | 5.0 (5.0/5.0) |" in page
+    # W has 2 %, so the race ends below 4 %: at step 25, and at step 10 for the first time.
+    assert "| tau .6 | 25 | 5.0 | 2.0 | 3.0 | 0.20 |" in page
+    assert "- masks, odd, seed 0: no such layer" in page
+    assert (tmp_path / "results-rank.svg").read_text().startswith("<?xml")
+
+
+def test_overlaps_are_counted_code_by_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.1.self_attn.q_proj"
+    kept = {"a": {name: [1, 5, 9, 12]}, "b": {name: [5, 9, 13, 14, 15]}, "none": {}}
+
+    def read(path: Path) -> tuple[None, dict[str, SparseDiff]]:
+        return None, {
+            layer: SparseDiff(20, torch.tensor(at), torch.ones(len(at), dtype=torch.int8))
+            for layer, at in kept[path.name].items()
+        }
+
+    monkeypatch.setattr(qpatch, "read", read)
+    # Of a's 4 codes 5 and 9 are b's too; b changes 5 of the layer's 20.
+    assert overlaps(Path("a"), Path("b")) == (0.5, 0.25)
+    assert overlaps(Path("none"), Path("b")) is None
+    assert touched_shares([Path("a"), Path("b")]) == {("q", 1): pytest.approx((0.2 + 0.25) / 2)}
