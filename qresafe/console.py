@@ -5,6 +5,7 @@ Everything goes to stderr, so that stdout holds the result alone.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ from qresafe.progress import Part, Progress, Stack
 
 PLAIN_INTERVAL = 15.0  # seconds between two lines of one stage in a log
 RUNNING = ". "  # what such a line begins with
+CLEAR_LINE = "\r\x1b[2K"
 
 
 @contextmanager
@@ -64,6 +66,38 @@ class LineProgress(Stack):
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
+
+
+class FollowedLog:
+    """The log of a job elsewhere, piece by piece; on a terminal, its progress stays on one line.
+
+    Args:
+        out: Where to write; default stdout. What is no terminal gets the log as it is.
+    """
+
+    def __init__(self, out: IO[str] | None = None) -> None:
+        self._out = out or sys.stdout
+        self._live, self._rest = self._out.isatty(), ""
+
+    def __call__(self, text: str) -> None:
+        """Show the next piece, which may end within a line."""
+        if not self._live:
+            self._write(text)
+            return
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            running = line.startswith(RUNNING)
+            shown = line[: shutil.get_terminal_size().columns - 1] if running else f"{line}\n"
+            self._write(CLEAR_LINE + shown)
+
+    def close(self) -> None:
+        """Show what is left, and leave the screen tidy."""
+        if self._live:
+            self._write(CLEAR_LINE + self._rest)
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
 
 
 class LiveProgress(Stack):
