@@ -5,11 +5,11 @@ Everything goes to stderr, so that stdout holds the result alone.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import IO, Literal
 
 from rich.console import Console
@@ -25,29 +25,11 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from qresafe.progress import Progress
+from qresafe.progress import Part, Progress, Stack
 
 PLAIN_INTERVAL = 15.0  # seconds between two lines of one stage in a log
-
-
-@dataclass
-class _Part:
-    """A stage, or part of one, that has begun and not ended."""
-
-    name: str
-    total: int | None
-    unit: str
-    done: int = 0
-    note: str = ""
-    began: float = field(default_factory=lambda: time.monotonic())
-    shown: float = field(default_factory=lambda: time.monotonic())  # when a log last heard of it
-
-    def count(self) -> str:
-        of = f"/{self.total}" if self.total is not None else ""
-        return f"{self.done}{of} {self.unit}".strip() if self.done or self.total else ""
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
+RUNNING = ". "  # what such a line begins with
+CLEAR_LINE = "\r\x1b[2K"
 
 
 @contextmanager
@@ -65,58 +47,60 @@ def progress_on(stream: IO[str] | None = None) -> Iterator[Progress]:
         yield live
 
 
-class _Stack:
-    """The open parts, innermost last; subclasses show what happens to them."""
-
-    def __init__(self) -> None:
-        self._open: list[_Part] = []
-
-    def start(self, stage: str, total: int | None = None, unit: str = "") -> None:
-        part = _Part("  " * len(self._open) + stage, total, unit)
-        self._open.append(part)
-        self._began(part)
-
-    def advance(self, done: int = 1, note: str = "") -> None:
-        if self._open:
-            part = self._open[-1]
-            part.done, part.note = part.done + done, note or part.note
-            self._moved(part)
-
-    def finish(self, note: str = "", reused: bool = False) -> None:
-        if self._open:
-            part = self._open.pop()
-            self._ended(part, _ending(part, note, reused), reused)
-
-    def _began(self, part: _Part) -> None:
-        """Show that `part` has begun."""
-
-    def _moved(self, part: _Part) -> None:
-        """Show how far `part` has come."""
-
-    def _ended(self, part: _Part, line: str, reused: bool) -> None:
-        """Show that `part` has ended, and how."""
-
-
-class LineProgress(_Stack):
+class LineProgress(Stack):
     """A line when a part ends, and one every quarter of a minute while it lasts."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
-    def _moved(self, part: _Part) -> None:
+    def _moved(self, part: Part) -> None:
         if time.monotonic() - part.shown >= PLAIN_INTERVAL:
             part.shown = time.monotonic()
-            self._say(f". {_joined(part.name, part.count(), part.note)}")
+            left = part.seconds_left()
+            rest = f"{duration(left)} left" if left else ""
+            self._say(f"{RUNNING}{_joined(part.name, part.count(), part.note, rest)}")
 
-    def _ended(self, part: _Part, line: str, reused: bool) -> None:
-        self._say(line)
+    def _ended(self, part: Part, note: str, reused: bool) -> None:
+        self._say(_ending(part, note, reused))
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
 
 
-class LiveProgress(_Stack):
+class FollowedLog:
+    """The log of a job elsewhere, piece by piece; on a terminal, its progress stays on one line.
+
+    Args:
+        out: Where to write; default stdout. What is no terminal gets the log as it is.
+    """
+
+    def __init__(self, out: IO[str] | None = None) -> None:
+        self._out = out or sys.stdout
+        self._live, self._rest = self._out.isatty(), ""
+
+    def __call__(self, text: str) -> None:
+        """Show the next piece, which may end within a line."""
+        if not self._live:
+            self._write(text)
+            return
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            running = line.startswith(RUNNING)
+            shown = line[: shutil.get_terminal_size().columns - 1] if running else f"{line}\n"
+            self._write(CLEAR_LINE + shown)
+
+    def close(self) -> None:
+        """Show what is left, and leave the screen tidy."""
+        if self._live:
+            self._write(CLEAR_LINE + self._rest)
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+class LiveProgress(Stack):
     """One bar for each open part; a part that ends leaves a line above the bars."""
 
     def __init__(self, console: Console) -> None:
@@ -140,21 +124,21 @@ class LiveProgress(_Stack):
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
-    def _began(self, part: _Part) -> None:
+    def _began(self, part: Part) -> None:
         bar = self._bars.add_task(part.name, total=part.total, count=part.count(), note="")
         self._tasks[id(part)] = bar
 
-    def _moved(self, part: _Part) -> None:
+    def _moved(self, part: Part) -> None:
         bar = self._tasks[id(part)]
         self._bars.update(bar, completed=part.done, count=part.count(), note=part.note)
 
-    def _ended(self, part: _Part, line: str, reused: bool) -> None:
+    def _ended(self, part: Part, note: str, reused: bool) -> None:
         self._bars.remove_task(self._tasks.pop(id(part)))
-        style = "dim" if reused else ""
-        self._bars.console.print(Text(line, style=style), soft_wrap=True)
+        line = Text(_ending(part, note, reused), style="dim" if reused else "")
+        self._bars.console.print(line, soft_wrap=True)
 
 
-def _ending(part: _Part, note: str, reused: bool) -> str:
+def _ending(part: Part, note: str, reused: bool) -> str:
     if reused:
         return f"= {_joined(part.name, note, 'reused')}"
     return f"+ {_joined(part.name, part.count(), note or part.note, duration(part.seconds()))}"

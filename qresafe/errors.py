@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+MOST_FRAMES = 12  # of a traceback, that are kept
 
 
 class UserError(Exception):
@@ -23,7 +28,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Ray pickles errors across processes; keyword arguments need spelling out.
-        return (_rebuild, (type(self), self.what, self.where, self.remedy))
+        return (_rebuild, (type(self), self.what, self.where, self.remedy), vars(self))
 
     def _sentence(self) -> str:
         place = f" in {self.where}" if self.where else ""
@@ -58,6 +63,54 @@ class CorruptArtifactError(UserError):
 
 def _rebuild(kind: type[UserError], what: str, where: str, remedy: str) -> UserError:
     return kind(what, where=where, remedy=remedy)
+
+
+@contextmanager
+def located(**place: Any) -> Iterator[None]:
+    """Note on an error that passes where in a run it arose; `place_of` finds it again.
+
+    Args:
+        place: What is known here: rank, records, log ... What was noted further in stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        seen = {"what": sentence(error), "trace": frames(error)}
+        vars(error)["place"] = seen | place | place_of(error)
+        raise
+
+
+def place_of(error: BaseException | None) -> dict[str, Any]:
+    """Return what `located` noted on an error, or on what it was raised from."""
+    found: dict[str, Any] = {}
+    for cause in causes(error):
+        found |= getattr(cause, "place", {})
+    return found
+
+
+def sentence(error: BaseException) -> str:
+    """Return an error as Python would show it, in one line that is not too long."""
+    text = " ".join(str(error).split())[:500]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def frames(error: BaseException) -> list[str]:
+    """Return an error's innermost frames as "file:line in function"; no values, so no secrets."""
+    inner = traceback.extract_tb(error.__traceback__)[-MOST_FRAMES:]
+    return [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in inner]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, with what is inside of Ray's wrappers instead.
+
+    A wrapper is an instance of the wrapped class too, but its text is a traceback.
+    """
+    while error is not None:
+        inner = getattr(error, "cause", None)
+        if not isinstance(inner, BaseException):
+            yield error
+            inner = error.__cause__
+        error = inner
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -22,6 +22,10 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "progress", "presets"}
 LEAVES |= {
     "leftovers",
+    "redaction",
+    "failure",
+    "progress_file",
+    "driving",
     "driver_lock",
     "storage",
     "jsonl",

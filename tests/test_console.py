@@ -8,7 +8,15 @@ import pytest
 from rich.console import Console
 
 from qresafe import console
-from qresafe.console import LineProgress, LiveProgress, duration, progress_on, table
+from qresafe.console import (
+    CLEAR_LINE,
+    FollowedLog,
+    LineProgress,
+    LiveProgress,
+    duration,
+    progress_on,
+    table,
+)
 
 CURSOR_BACK = "\x1b[?25h"
 
@@ -41,8 +49,9 @@ def test_a_log_hears_of_the_end_and_of_long_waits(clock: Clock) -> None:
         clock.now = 20.0
         progress.advance(120, "320 tok/s")
         progress.finish("2 errors")
+    # From the first look, at 60 of 240: 60 more in 16 s are 3.75/s, and 120 / 3.75 = 32 s.
     assert stream.getvalue().splitlines() == [
-        ". generate W  120/240 prompts  310 tok/s",
+        ". generate W  120/240 prompts  310 tok/s  32 s left",
         "+ generate W  240/240 prompts  2 errors  20 s",
     ]
 
@@ -62,6 +71,26 @@ def test_parts_nest_and_what_is_reused_says_so(clock: Clock) -> None:
         "+ patch  0.0 s",
         "= judge  reused",
     ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_followed_log_keeps_its_progress_on_one_line() -> None:
+    pieces = ["start\n. patch  3/", "30 steps  27 s left\n", ". patch  9/30 steps\n+ patch\nend"]
+    file, terminal = io.StringIO(), Terminal()
+    for stream in (file, terminal):
+        log = FollowedLog(stream)
+        for piece in pieces:
+            log(piece)
+        log.close()
+    assert file.getvalue() == "".join(pieces)
+    # A line that ends in no line break is replaced by what follows the next "clear".
+    shown = [text.rpartition(CLEAR_LINE)[2] for text in terminal.getvalue().split("\n")]
+    assert shown == ["start", "+ patch", "end"]
+    assert f"{CLEAR_LINE}. patch  3/30 steps  27 s left{CLEAR_LINE}" in terminal.getvalue()
 
 
 def test_stray_calls_do_no_harm() -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from qresafe.errors import UserError
+from qresafe.errors import UserError, causes
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 RESUME = "interrupted: give the same command again to continue (what is finished is kept)"
@@ -56,14 +56,7 @@ def quiet_libraries() -> None:
 
 def user_error(error: BaseException | None) -> UserError | None:
     """Return the mistake that `error` is or was raised from (Ray wraps what workers raise)."""
-    while error is not None:
-        # Ray's wrapper is an instance of the wrapped class too, but its text is a traceback: look
-        # inside first.
-        inner = getattr(error, "cause", None)
-        if not isinstance(inner, BaseException) and isinstance(error, UserError):
-            return error
-        error = inner if isinstance(inner, BaseException) else error.__cause__
-    return None
+    return next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
 
 
 def _say(label: str, text: str) -> None:

@@ -71,7 +71,7 @@ def _measure(
     from qresafe.artifacts import Run
     from qresafe.commands.running import started
     from qresafe.console import progress_on
-    from qresafe.driver_lock import sole_driver
+    from qresafe.driving import driving
     from qresafe.stages.reproduce.filled import experiment_of, filled, run_name
     from qresafe.stages.runtime import InProcessRuntime
 
@@ -84,9 +84,9 @@ def _measure(
         with closing(started(first, progress)) as runtime:
             for seed in seeds:
                 name = run_name(preset, seed)
-                with sole_driver(Run(first.storage, name).root):
+                with driving(Run(first.storage, name).root, progress) as told:
                     for table, arms in plans.items():
-                        found[table] += filled(arms, seed, name, runtime, progress)
+                        found[table] += filled(arms, seed, name, runtime, told)
     return found
 
 

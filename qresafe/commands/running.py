@@ -73,7 +73,7 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
         as_json: Print JSON instead of tables.
     """
     from qresafe.console import progress_on
-    from qresafe.driver_lock import sole_driver
+    from qresafe.driving import driving
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
 
@@ -81,8 +81,8 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
         with (
-            sole_driver(experiment.run.root),
-            closing(started(spec, progress)) as experiment.runtime,
+            driving(experiment.run.root, progress) as experiment.progress,
+            closing(started(spec, experiment.progress)) as experiment.runtime,
         ):
             result = want(experiment)
     if as_json:

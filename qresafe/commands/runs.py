@@ -12,6 +12,8 @@ import typer
 from qresafe.commands.options import AsJson
 
 if TYPE_CHECKING:
+    from qresafe.failure import Failure
+    from qresafe.progress_file import RunProgress
     from qresafe.stages.runs import Removal, RunFolder, StageFolder
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -40,11 +42,14 @@ def list_runs(storage: Root = ".", as_json: AsJson = False) -> None:
         return
     header = ["run", "state", "stages", "newest", "when (UTC)", "size"]
     table(header, [_run_row(run) for run in runs])
+    for run in runs:
+        if run.driver and run.progress:
+            typer.echo(f"{run.name}: {'; '.join(now(run.progress)) or 'between two stages'}")
 
 
 @app.command()
 def show(name: RunName, storage: Root = ".", as_json: AsJson = False) -> None:
-    """Name every stage of a run: its key, state, time and size."""
+    """Name every stage of a run: its key, state, time and size; how far it is, why it failed."""
     from qresafe.console import table
     from qresafe.stages.runs import find_runs, pick
 
@@ -56,6 +61,8 @@ def show(name: RunName, storage: Root = ".", as_json: AsJson = False) -> None:
     header = ["stage", "key", "state", "finished (UTC)", "size", "of it work files"]
     table(header, [_stage_row(stage) for stage in run.stages])
     typer.echo(f"\n{run.path}: {run.state}" + (f", {run.driver}" if run.driver else ""))
+    for line in _now_or_last(run):
+        typer.echo(line)
 
 
 @app.command()
@@ -143,6 +150,8 @@ def run_data(run: RunFolder) -> dict[str, Any]:
         "newest": newest.stage if newest else None,
         "when": when(newest),
         "bytes": run.bytes,
+        "progress": run.progress.model_dump() if run.progress else None,
+        "failure": run.failure.model_dump() if run.failure else None,
     }
 
 
@@ -155,6 +164,53 @@ def stage_data(stage: StageFolder) -> dict[str, Any]:
         "bytes": stage.bytes,
         "work_bytes": stage.work_bytes,
     }
+
+
+def _now_or_last(run: RunFolder) -> list[str]:
+    """Return the lines that say how far a run is, or how its last command ended."""
+    from qresafe.console import duration
+
+    told = run.progress
+    if told and run.driver:
+        age = duration(max(0.0, time.time() - told.updated))
+        return [*now(told), f"told {age} ago by process {told.process} on {told.host}"]
+    if told:
+        when, at = utc(told.updated), "; ".join(now(told)) or "between two stages"
+        return [
+            f"process {told.process} on {told.host} ended without a word after {when}: {at}",
+            "that is kill -9, the kernel for want of memory, or a lost host: run it again to go on",
+        ]
+    return _reason(run.failure) if run.failure else []
+
+
+def now(told: RunProgress) -> list[str]:
+    """Return a line for each open stage: its count, speed, and what is left."""
+    from qresafe.console import duration
+
+    lines = []
+    for stage in told.stages:
+        of = f"/{stage.total}" if stage.total is not None else ""
+        count = f"{stage.done}{of} {stage.unit}".strip() if stage.done or stage.total else ""
+        speed = f"{stage.rate:.3g}/s" if stage.rate else ""
+        left = f"{duration(stage.seconds_left)} left" if stage.seconds_left else ""
+        words = (stage.stage, count, speed, stage.note, left)
+        lines.append("  ".join(word for word in words if word))
+    return lines
+
+
+def _reason(failure: Failure) -> list[str]:
+    where = f" in {failure.where}" if failure.where else ""
+    rank = f", rank {failure.rank}" if failure.rank is not None else ""
+    told = {
+        "failed": f"{utc(failure.time)} in {failure.stage or 'no stage'} ({failure.kind}){rank}, "
+        f"process {failure.process} on {failure.host}",
+        "reason": f"{failure.what}{where}",
+        "what to do": failure.hint,
+        "records": ", ".join(failure.records),
+        "log": failure.log,
+        "trace": "".join(f"\n  {frame}" for frame in failure.trace),
+    }
+    return [f"{name}: {text}" for name, text in told.items() if text]
 
 
 def _run_row(run: RunFolder) -> list[str]:
@@ -179,7 +235,12 @@ def when(stage: StageFolder | None) -> str | None:
     """Return when a stage was finished, in UTC, to the second."""
     if stage is None or stage.finished is None:
         return None
-    return datetime.fromtimestamp(stage.finished, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return utc(stage.finished)
+
+
+def utc(seconds: float) -> str:
+    """Return a time since 1970 in UTC, to the second."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def size(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -132,10 +133,12 @@ def _connect(address: str | None) -> JobSubmissionClient:
 
 
 def _follow(client: JobSubmissionClient, job: str) -> NoReturn:
+    from qresafe.console import FollowedLog
     from qresafe.dist import jobs
 
     try:
-        ending = jobs.follow(client, job, lambda text: typer.echo(text, nl=False))
+        with closing(FollowedLog()) as log:
+            ending = jobs.follow(client, job, log)
     except KeyboardInterrupt:
         _note(f"the job goes on; stop it with: qresafe submit --stop {job}")
         raise typer.Exit(NOT_FOLLOWED) from None

@@ -15,9 +15,10 @@ from ray.exceptions import RayActorError
 from upath import UPath
 
 from qresafe import errors
-from qresafe.dist.engines import TRIES_PER_BATCH, dump_batch
+from qresafe.dist.engines import TRIES_PER_BATCH, dump_batch, load_batch
+from qresafe.failure import LOST, OUT_OF_MEMORY, is_out_of_memory, kind_of
 from qresafe.specs import ResourcesSpec
-from qresafe.stages.runtime import Batch, BatchJob, Made
+from qresafe.stages.runtime import Batch, BatchJob, Made, record_ids
 
 
 class Lease:
@@ -42,16 +43,14 @@ class Lease:
         return pa.table({"result": [json.dumps(self._compute(batch)) for batch in batches]})
 
     def _compute(self, batch: str) -> dict[str, Any]:
-        # A mistake of the user's travels as data: Ray Data's wrapping would lose its sentence.
+        # Errors travel as data: Ray Data's wrapping would lose their sentence and their cause.
         sent = self._engine.compute.remote(self._call, self._job, batch, self._parts)
         try:
             return {"made": ray.get(sent)}
-        except errors.UserError as error:
+        except RayActorError as error:
+            return {"failure": _dump_error(_died(error, load_batch(batch)))}
+        except Exception as error:
             return {"failure": _dump_error(error)}
-        except RayActorError:
-            what = f"a worker died {TRIES_PER_BATCH} times on the same batch"
-            remedy = "most often memory runs out: lower the batch size"
-            return {"failure": _dump_error(errors.ResourceError(what, remedy=remedy))}
 
 
 def compute(
@@ -75,7 +74,8 @@ def compute(
         resources: Workers, and what each of them holds.
 
     Raises:
-        UserError: Whatever the job raised.
+        UserError: What the job raised, if it is one.
+        WorkerError: What else it raised.
         ResourceError: Workers keep dying.
     """
     _quiet()
@@ -104,15 +104,37 @@ def compute(
         ray.get(stable.take_back.remote())
 
 
-def _dump_error(error: errors.UserError) -> dict[str, str]:
-    cause = getattr(error, "cause", error)  # inside Ray's own wrapper
-    kind = type(cause).__name__
-    return {"kind": kind, "what": cause.what, "where": cause.where, "remedy": cause.remedy}
+def _died(error: RayActorError, batch: Batch) -> errors.ResourceError:
+    """Return what to say of a batch that has lost its worker too often."""
+    what = f"a worker died {TRIES_PER_BATCH} times on the same batch"
+    remedy = "most often memory runs out: lower the batch size"
+    told = errors.ResourceError(what, remedy=remedy)
+    kind = OUT_OF_MEMORY if is_out_of_memory(error) else LOST
+    vars(told)["place"] = {"kind": kind, "records": record_ids(batch.rows)}
+    return told
 
 
-def _load_error(fields: dict[str, str]) -> errors.UserError:
-    kind = getattr(errors, fields.pop("kind"), errors.UserError)
-    return kind(fields.pop("what"), **fields)
+class WorkerError(Exception):
+    """What a worker raised that is no mistake of the user's; its text is the worker's traceback."""
+
+
+def _dump_error(error: Exception) -> dict[str, Any]:
+    place = {"kind": kind_of(error)} | errors.place_of(error)
+    cause = next(errors.causes(error))  # inside Ray's own wrapper
+    if not isinstance(cause, errors.UserError):
+        return {"traceback": str(error), "place": place}
+    told = {"what": cause.what, "where": cause.where, "remedy": cause.remedy}
+    return {"class": type(cause).__name__, "told": told, "place": place}
+
+
+def _load_error(fields: dict[str, Any]) -> Exception:
+    if "traceback" in fields:
+        error: Exception = WorkerError(fields["traceback"])
+    else:
+        kind, told = getattr(errors, fields["class"], errors.UserError), fields["told"]
+        error = kind(told.pop("what"), **told)
+    vars(error)["place"] = fields["place"]
+    return error
 
 
 def _quiet() -> None:

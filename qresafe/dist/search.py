@@ -27,7 +27,7 @@ from qresafe.dist.search_trial import demand, make_trainable
 from qresafe.dist.search_tune import Live, QueueSearcher, Recorder, RuleScheduler
 from qresafe.dist.settings import defaults
 from qresafe.dist.trackers import tracker_callbacks
-from qresafe.driver_lock import sole_driver
+from qresafe.driving import driving
 from qresafe.errors import UserError
 from qresafe.hf.warm import shelf
 from qresafe.progress import Progress, Silent
@@ -81,7 +81,8 @@ def run_search(search: Search, progress: Progress) -> UPath:
         UserError: Three trials failed for the same reason; the table of the others is written.
     """
     folder = search_folder(search)
-    with sole_driver(folder.parent.parent), session(search, progress) as runtime:
+    root = folder.parent.parent
+    with driving(root, progress) as progress, session(search, progress) as runtime:
         with closing(Sharing(search, runtime, progress)) as sharing:
             queue = run_trials(search, sharing, progress)
         rows = queue.ordered()
@@ -91,10 +92,10 @@ def run_search(search: Search, progress: Progress) -> UPath:
             found = confirm(search, best.params, runtime, progress)
             write_confirmation(folder / CONFIRMATION, found)
         write_report(search, rows)
-    if reason is not None:
-        write_text(folder / STOPPED, reason)
-        remedy = "mend the cause or narrow the space, and run again: finished trials are kept"
-        raise UserError(f"the search was stopped: {reason}", remedy=remedy)
+        if reason is not None:
+            write_text(folder / STOPPED, reason)
+            remedy = "mend the cause or narrow the space, and run again: finished trials are kept"
+            raise UserError(f"the search was stopped: {reason}", remedy=remedy)
     return folder
 
 

@@ -16,7 +16,8 @@ from upath import UPath
 from qresafe.artifacts import disk_errors, is_local
 from qresafe.dist.board import Board, Posted, shown
 from qresafe.dist.settings import defaults
-from qresafe.errors import ResourceError, UserError
+from qresafe.errors import ResourceError, UserError, located, place_of
+from qresafe.failure import here, kind_of
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec, ResourcesSpec
 from qresafe.stages.runtime import TrainJob, cpu_threads
@@ -72,6 +73,7 @@ def run(
         what = " ".join(str(error).split())[-300:]
         remedy = "see the Ray logs of the workers; run again to continue from the last checkpoint"
         failure: UserError = ResourceError(f"training failed ({what})", remedy=remedy)
+        vars(failure)["place"] = _place_of_first(error)
         raise (_error(board) or failure) from error
     else:
         if raised := _error(board):
@@ -91,7 +93,11 @@ def _worker(config: dict[str, Any]) -> None:
     engine = make_engine(get_device(), job.spec.zero_stage)
     progress: Progress = Silent() if engine.rank else Posted(board)
     try:
-        with cpu_threads(config["threads"]), disk_errors(str(config["folder"])):
+        with (
+            located(**here(rank=engine.rank)),
+            cpu_threads(config["threads"]),
+            disk_errors(str(config["folder"])),
+        ):
             job.run(engine, config["folder"], progress)
     except UserError as error:
         # No reason to try again: the driver raises it, and a lone worker ends as if well. Other
@@ -141,6 +147,13 @@ def _settings(resources: ResourcesSpec) -> AbstractContextManager[None]:
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": str(int(len(ray.nodes()) > 1)),
         }
     )
+
+
+def _place_of_first(error: TrainingFailedError) -> dict[str, Any]:
+    """Return where training failed first: the lowest rank that is known to have raised."""
+    failures = getattr(error, "worker_failures", {})
+    found = [{"rank": r, "kind": kind_of(e)} | place_of(e) for r, e in sorted(failures.items())]
+    return found[0] if found else {}
 
 
 def _error(board: Any) -> UserError | None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from qresafe.errors import DataError, ResourceError
+from qresafe.failure import is_out_of_memory
 from qresafe.hf.chat import prompt_ids, render_ids
 from qresafe.hf.models import beside_the_codes, context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
@@ -211,12 +212,3 @@ def _half(function: Any, rows: list[Row], give_up: Any) -> list[Row]:
         if not is_out_of_memory(error):
             raise
     return list(give_up(rows, "out of memory: lower generate.batch_size"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch or Python ran out of memory (the CPU allocator has no own type)."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "can't allocate memory" in str(error)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 from upath import UPath
 
+from qresafe import failure, progress_file
 from qresafe.artifacts import Manifest, Run, output_errors
 from qresafe.driver_lock import Driver, driver_of, sole_driver
 from qresafe.errors import CorruptArtifactError, DataError, nearest
+from qresafe.failure import Failure
+from qresafe.progress_file import RunProgress
 
 _PLACE = re.compile(r"(?P<run>[^/]+)/(?P<stage>[^/]+)/(?P<key>[^/]+)/(?P<file>.+)")
+# What a run may have before it has stages.
+_NOTE = re.compile(rf"[^/]+/({re.escape(failure.FILE)}|{re.escape(progress_file.FILE)})")
 # What is written last: a stage's mark, and a search's page.
 MARKS = {"search": "report.html"}
 # The stages that a run has one of; where no report was made, they tell what its spec was.
@@ -66,11 +71,21 @@ class StageFolder:
 
 @dataclass
 class RunFolder:
-    """One run: its stages by place, and who works on it now."""
+    """One run: its stages by place, who works on it now, and how its last command ended.
+
+    Attributes:
+        path: Its folder.
+        driver: Who works on it now.
+        stages: What it has, finished or not.
+        failure: Why its last command failed, None if it did not.
+        progress: How far it is or, without a driver, how far it was when that was killed.
+    """
 
     path: UPath
     driver: Driver | None = None
     stages: list[StageFolder] = field(default_factory=list)
+    failure: Failure | None = None
+    progress: RunProgress | None = None
 
     @property
     def name(self) -> str:
@@ -88,9 +103,17 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """Return "running", "unfinished" (a stage was cut off) or "finished" (none was)."""
+        """Return how its last command ended, as far as its folder tells.
+
+        "running"; "killed": its driver ended without a word; "failed": see `failure`;
+        "unfinished": a stage was cut off; or "finished".
+        """
         if self.driver:
             return "running"
+        if self.progress:
+            return "killed"
+        if self.failure:
+            return "failed"
         return "finished" if len(self.finished) == len(self.stages) else "unfinished"
 
     def newest(self, stage: str) -> StageFolder | None:
@@ -110,15 +133,28 @@ def find_runs(storage: str) -> list[RunFolder]:
         remedy = "give the --storage that the runs were made with"
         raise DataError("no runs", where=str(root), remedy=remedy)
     folders: dict[str, StageFolder] = {}
+    notes: set[str] = set()
     for file, details in root.fs.find(root.path, detail=True).items():
-        if place := _PLACE.fullmatch(file[len(root.path) :].lstrip("/")):
+        name = file[len(root.path) :].lstrip("/")
+        if place := _PLACE.fullmatch(name):
             _count(folders, root, place, int(details["size"]))
-    runs: dict[str, RunFolder] = {}
+        notes.add(name)
+    names = {folder.path.parent.parent.name for folder in folders.values()}
+    names |= {note.partition("/")[0] for note in notes if _NOTE.fullmatch(note)}
+    runs = {name: _run(root / name, notes) for name in sorted(names)}
     for folder in folders.values():
-        path = folder.path.parent.parent
-        run = runs.setdefault(path.name, RunFolder(path, driver_of(path)))
-        run.stages.append(folder)
-    return sorted(runs.values(), key=lambda run: run.name)
+        runs[folder.path.parent.parent.name].stages.append(folder)
+    return list(runs.values())
+
+
+def _run(path: UPath, files: Set[str]) -> RunFolder:
+    failed, begun = (f"{path.name}/{file}" in files for file in (failure.FILE, progress_file.FILE))
+    return RunFolder(
+        path,
+        driver_of(path),
+        failure=failure.read_failure(path) if failed else None,
+        progress=progress_file.read_progress(path) if begun else None,
+    )
 
 
 def _count(folders: dict[str, StageFolder], root: UPath, place: re.Match[str], size: int) -> None:

@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from qresafe.artifacts import write_bytes
+from qresafe.errors import located
+from qresafe.failure import here
 from qresafe.progress import Progress
 
 Row = dict[str, Any]
@@ -147,10 +149,16 @@ class Made:
 def compute_part(function: BatchFunction, batch: Batch, parts: UPath) -> Made:
     """Compute one batch and write its part."""
     began = time.time()
-    table = function(batch.rows)
+    with located(**here(records=record_ids(batch.rows))):
+        table = function(batch.rows)
     write_table(part_path(parts, batch.index), table)
     tokens = sum(table["new_tokens"].to_pylist()) if "new_tokens" in table.column_names else 0
     return Made(batch.index, len(batch.rows), tokens, began)
+
+
+def record_ids(rows: Sequence[Row]) -> list[str]:
+    """Return what a batch's rows are called in messages."""
+    return [str(row.get("prompt_id") or row.get("id") or number) for number, row in enumerate(rows)]
 
 
 class Tally:

@@ -22,7 +22,7 @@ from upath import UPath
 from qresafe.artifacts import Artifact, Run
 from qresafe.dist import vllm
 from qresafe.dist.runtime import RayRuntime, make_runtime
-from qresafe.errors import ModelError, ResourceError
+from qresafe.errors import ModelError, ResourceError, place_of
 from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Silent
@@ -179,8 +179,11 @@ def refuse(row: Row) -> None:
 
 def test_a_users_mistake_keeps_its_sentence(cluster: RayRuntime, tmp_path: Path) -> None:
     job = Noting(str(tmp_path / "log"), action=refuse)
-    with pytest.raises(ModelError, match=r"^no such model in row 3: choose another\.$"):
+    with pytest.raises(ModelError, match=r"^no such model in row 3: choose another\.$") as caught:
         cluster.map_batches(job, batches(2), UPath(tmp_path / "parts"), Silent())
+    place = place_of(caught.value)
+    assert place["process"] in pids(tmp_path / "log")
+    assert place["records"] == ["0", "1"]  # its rows have no ids: places in the batch
 
 
 def test_too_small_a_cluster_is_compared_with_the_demand(cluster: RayRuntime) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qresafe.artifacts import Artifact
 from qresafe.errors import DivergedError
+from qresafe.failure import is_out_of_memory
 from qresafe.progress import Silent
 from qresafe.search_space import Params
 from qresafe.search_spec import ProbeSpec
@@ -17,7 +18,6 @@ from qresafe.specs import ExperimentSpec, GenerateSpec
 from qresafe.stages.arms import Q0, Q, compare_arms
 from qresafe.stages.columns import read_arm
 from qresafe.stages.comparison import ArmResult
-from qresafe.stages.engines import is_out_of_memory
 from qresafe.stages.experiment import Experiment
 from qresafe.stages.patch import needs_reference
 from qresafe.stages.probe import Probe, Tell, choose_prompts
