@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from qresafe.redaction import redact
+
 
 class UserError(Exception):
     """A mistake that the user can mend; the command line prints it without a traceback.
@@ -18,7 +20,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.remedy = what, where, remedy
+        self.what, self.where, self.remedy = redact(what), redact(where), redact(remedy)
         super().__init__(self._sentence())
 
     def __reduce__(self) -> tuple[object, ...]:

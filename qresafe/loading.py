@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qresafe.errors import SpecError, nearest
 from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES, SECRET
+from qresafe.redaction import looks_secret
 from qresafe.registry import judges, quantizers
 from qresafe.specs import Spec
 
@@ -61,6 +62,7 @@ def load_spec(
         _leave_other_method(data, override, kind)
     for override in overrides:
         _set(data, override)
+    _refuse_secrets(data, where)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -109,6 +111,21 @@ def _set(data: dict[str, Any], override: str) -> None:
         node[leaf] = read_yaml(text)
     except yaml.YAMLError:
         raise SpecError(f"--set {override!r}: the value is not YAML", remedy="quote it") from None
+
+
+def _refuse_secrets(data: Any, where: str, key: str = "") -> None:
+    """Refuse keys and passwords in a spec, which is stored beside the results."""
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            _refuse_secrets(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, list):
+        for place, value in enumerate(data):
+            _refuse_secrets(value, where, f"{key}.{place}")
+    elif isinstance(data, str) and looks_secret(data):
+        remedy = "put it into the environment, e.g. OPENAI_API_KEY or HF_TOKEN"
+        raise SpecError(
+            f"{key or 'the spec'} holds a key or a password", where=where, remedy=remedy
+        )
 
 
 def _leave_other_method(data: dict[str, Any], override: str, kind: type[BaseModel]) -> None:

@@ -30,6 +30,8 @@ LEAVES |= {
     "judge_specs",
     "spec_base",
     "quantize_specs",
+    "redaction",
+    "signing",
 }
 LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants"}
 ROWS: list[set[str]] = [
@@ -59,6 +61,7 @@ OWNERS = {
     "gguf": {"hf"},
     "lm_eval": {"hf"},
     "openai": {"chat"},
+    "cryptography": {"signing"},
     "sklearn": {"judges"},
     "typer": {"cli", "commands", "ray_jobs"},
     "rich": {"console"},

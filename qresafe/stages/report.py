@@ -26,6 +26,7 @@ from qresafe.artifacts import (
     write_text,
 )
 from qresafe.progress import Progress
+from qresafe.redaction import redact_data
 from qresafe.stages import report_parts as parts
 from qresafe.stages import report_view as view
 from qresafe.stages.compare import read_comparison
@@ -120,7 +121,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "cost": costs,
         "seconds": sum(row.seconds for row in costs),
         "startup": sum(row.startup or 0.0 for row in costs),
-        "spec": yaml.safe_dump(json.loads(json.dumps(given.spec)), sort_keys=False),
+        "spec": yaml.safe_dump(redact_data(given.spec), sort_keys=False),
         "seeds": view.seeds(given.spec),
         "versions": versions(),
         "hardware": hardware(),
