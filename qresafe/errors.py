@@ -58,6 +58,10 @@ class CorruptArtifactError(UserError):
     """A stored artefact does not match the hash in its manifest."""
 
 
+class SignatureError(UserError):
+    """A file is not signed, or not by the key that is trusted."""
+
+
 def _rebuild(kind: type[UserError], what: str, where: str, remedy: str) -> UserError:
     return kind(what, where=where, remedy=remedy)
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from qresafe.artifacts import hash_file, write_bytes
+from qresafe.artifacts import disk_errors, hash_file, write_bytes
 from qresafe.core import sparse_patch
 from qresafe.core.sparse_patch import SparseDiff
 from qresafe.errors import CorruptArtifactError, ModelError
@@ -168,7 +168,8 @@ def _convert(patch: Path, source: Path, target: Path, have: State, want: State) 
             raise _damaged("the result does not have the hashes that it promises", patch)
 
     step = SparseDiff.apply if have == "base" else SparseDiff.revert
-    checkpoint.rewrite(target, _Stepped(checkpoint, changes, step), check)
+    with disk_errors(str(target)):
+        checkpoint.rewrite(target, _Stepped(checkpoint, changes, step), check)
     changed = sum(len(change.positions) for change in changes.values())
     return {"checkpoint": want, "folder": str(target), "codes_changed": changed}
 

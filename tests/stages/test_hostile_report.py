@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,10 @@ def test_the_page_holds_no_element_of_theirs(pages: dict[str, str]) -> None:
 
 
 def test_the_model_card_holds_none_either(pages: dict[str, str]) -> None:
-    for text in HOSTILE[:5]:
-        assert text not in pages["model_card.md"]
+    card = pages["model_card.md"]
+    assert "planted(1)" in card
+    assert not re.search(r"<[a-z/!]", card), "a tag"
+    assert not re.search(r"(?<!\\)\[[^\]\n]*\]\(", card), "a link"
 
 
 def test_the_figures_are_json(pages: dict[str, str]) -> None:
