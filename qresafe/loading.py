@@ -17,6 +17,8 @@ from qresafe.registry import judges, quantizers
 from qresafe.specs import Spec
 
 S = TypeVar("S", bound=Spec)
+MOST_VALUES = 100_000  # in a spec; a real one has some hundreds
+LARGEST = 1 << 20  # bytes of a spec's file
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,12 +35,37 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Return the data of a YAML text; only JSON-able types are made.
+    """Return the data of a YAML text; only plain types are made.
 
     Raises:
-        yaml.YAMLError: The text is malformed.
+        yaml.YAMLError: The text is malformed, or stands for far more than it holds.
     """
-    return _Loader(text).get_single_data()
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_VALUES} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is too deeply nested") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's constructors let these through, e.g. for the date 2026-02-31
+        raise yaml.YAMLError(f"a value is malformed ({error})") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node stands for, every alias counted in full.
+
+    Ten lines of aliases to aliases can stand for billions of values.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # what contains itself is endless
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = (part for each in parts for part in (each if isinstance(each, tuple) else (each,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def load_spec(
@@ -77,6 +104,9 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         raise SpecError("no such spec file", where=str(path), remedy="give the path of a YAML file")
+    if path.stat().st_size > LARGEST:
+        remedy = "give the YAML file of an experiment"
+        raise SpecError(f"no spec has more than {LARGEST} bytes", where=str(path), remedy=remedy)
     try:
         data = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
