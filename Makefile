@@ -60,5 +60,10 @@ bench-hostile: install
 bench-judges: install
 	$(BIN)/python -m bench.judges
 
+# Known weaknesses of what is pinned; needs the network. --strict: what cannot be looked up fails.
+audit:
+	test -x .audit/bin/pip-audit || ( $(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit==2.10.1 )
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
+
 clean:
-	rm -rf runs .bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs .audit .bench .mypy_cache .ruff_cache .pytest_cache
