@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-hostile audit clean
 
 install: $(STAMP)
 
@@ -54,8 +54,16 @@ bench-statistics: install
 bench-gpu: install
 	$(BIN)/python -m bench.gpu
 
+bench-hostile: install
+	$(BIN)/python -m bench.hostile
+
 bench-judges: install
 	$(BIN)/python -m bench.judges
 
+# Known weaknesses of what is pinned; needs the network. --strict: what cannot be looked up fails.
+audit:
+	test -x .audit/bin/pip-audit || ( $(PYTHON) -m venv .audit && .audit/bin/pip install --quiet pip-audit==2.10.1 )
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
+
 clean:
-	rm -rf runs .bench .mypy_cache .ruff_cache .pytest_cache
+	rm -rf runs .audit .bench .mypy_cache .ruff_cache .pytest_cache

@@ -27,6 +27,7 @@ from upath import UPath
 from qresafe.errors import CorruptArtifactError, ResourceError
 from qresafe.leftovers import MARK, aside, sweep
 from qresafe.progress import Progress
+from qresafe.redaction import redact
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
 
@@ -194,8 +195,8 @@ def read_manifest(folder: UPath) -> Manifest:
 
 
 def write_text(path: UPath | Path, text: str) -> None:
-    """Write `text` so that a reader sees all of it or nothing."""
-    write_bytes(path, text.encode())
+    """Write `text`, without secrets, so that a reader sees all of it or nothing."""
+    write_bytes(path, redact(text).encode())
 
 
 def write_bytes(path: UPath | Path, data: bytes) -> None:

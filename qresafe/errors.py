@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qresafe.redaction import redact
+
 MOST_FRAMES = 12  # of a traceback, that are kept
+LONGEST = 600  # characters of each part of a message
+_BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
+# Control characters, changes of writing direction, and halves of characters.
+_STEERING = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -23,7 +30,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.remedy = what, where, remedy
+        self.what, self.where, self.remedy = _shown(what), _shown(where), _shown(remedy)
         super().__init__(self._sentence())
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -59,6 +66,19 @@ class DivergedError(UserError):
 
 class CorruptArtifactError(UserError):
     """A stored artefact does not match the hash in its manifest."""
+
+
+class SignatureError(UserError):
+    """A file is not signed, or not by the key that is trusted."""
+
+
+def _shown(text: str) -> str:
+    """Return a text fit for a terminal: without secrets, on one line, of bearable length.
+
+    Values from files may be megabytes, or hold characters that steer terminals.
+    """
+    line = _STEERING.sub("\ufffd", _BREAKS.sub(" ", redact(text)))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 100]} ... {line[-90:]}"
 
 
 def _rebuild(kind: type[UserError], what: str, where: str, remedy: str) -> UserError:

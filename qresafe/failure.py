@@ -18,7 +18,7 @@ from upath import UPath
 
 from qresafe import errors
 from qresafe.artifacts import write_text
-from qresafe.redaction import redacted
+from qresafe.redaction import redact
 
 FILE = "error.json"
 MOST_RECORDS = 20  # of a batch, that are named
@@ -118,7 +118,7 @@ def describe(error: BaseException, stage: str) -> Failure:
         time=time.time(),
         stage=stage,
         kind=kind,
-        **{name: redacted(text) for name, text in told.items()},
+        **{name: redact(text) for name, text in told.items()},
         rank=place.get("rank"),
         records=[str(record) for record in place.get("records", [])][:MOST_RECORDS],
         host=place.get("host", socket.gethostname()),

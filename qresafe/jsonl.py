@@ -33,7 +33,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     remedy = "write one JSON object per line"
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"malformed JSON ({error})", where=where, remedy=remedy) from None
     if not isinstance(data, dict):
         raise DataError("the line is no JSON object", where=where, remedy=remedy)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qresafe.errors import SpecError, nearest
 from qresafe.judge_specs import JUDGE_TAGS, MODEL_JUDGES, SECRET
+from qresafe.redaction import looks_secret
 from qresafe.registry import judges, quantizers
 from qresafe.spec_base import EMPTY
 from qresafe.spec_words import in_words
@@ -20,6 +21,8 @@ from qresafe.specs import Spec
 S = TypeVar("S", bound=Spec)
 # Errors that are found in a mapping as a whole, not in one of its keys.
 WHOLE = ("value_error", "union_tag_invalid", "union_tag_not_found")
+MOST_VALUES = 100_000  # in a spec; a real one has some hundreds
+LARGEST = 1 << 20  # bytes of a spec's file
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,12 +39,37 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """Return the data of a YAML text; only JSON-able types are made.
+    """Return the data of a YAML text; only plain types are made.
 
     Raises:
-        yaml.YAMLError: The text is malformed.
+        yaml.YAMLError: The text is malformed, or stands for far more than it holds.
     """
-    return _Loader(text).get_single_data()
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_VALUES} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is too deeply nested") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML's constructors let these through, e.g. for the date 2026-02-31
+        raise yaml.YAMLError(f"a value is malformed ({error})") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many values a node stands for, every alias counted in full.
+
+    Ten lines of aliases to aliases can stand for billions of values.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # what contains itself is endless
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = (part for each in parts for part in (each if isinstance(each, tuple) else (each,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in inner)
+    return known[id(node)]
 
 
 def load_spec(
@@ -65,6 +93,7 @@ def load_spec(
         _leave_other_method(data, override, kind)
     for override in overrides:
         _set(data, override)
+    _refuse_secrets(data, where)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -79,6 +108,9 @@ def _read(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     path = Path(source)
     if not path.is_file():
         raise SpecError("no such spec file", where=str(path), remedy="give the path of a YAML file")
+    if path.stat().st_size > LARGEST:
+        remedy = "give the YAML file of an experiment"
+        raise SpecError(f"no spec has more than {LARGEST} bytes", where=str(path), remedy=remedy)
     try:
         data = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,6 +145,21 @@ def _set(data: dict[str, Any], override: str) -> None:
         node[leaf] = read_yaml(text)
     except yaml.YAMLError:
         raise SpecError(f"--set {override!r}: the value is not YAML", remedy="quote it") from None
+
+
+def _refuse_secrets(data: Any, where: str, key: str = "") -> None:
+    """Refuse keys and passwords in a spec, which is stored beside the results."""
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            _refuse_secrets(value, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(data, list):
+        for place, value in enumerate(data):
+            _refuse_secrets(value, where, f"{key}.{place}")
+    elif isinstance(data, str) and looks_secret(data):
+        remedy = "put it into the environment, e.g. OPENAI_API_KEY or HF_TOKEN"
+        raise SpecError(
+            f"{key or 'the spec'} holds a key or a password", where=where, remedy=remedy
+        )
 
 
 def _leave_other_method(data: dict[str, Any], override: str, kind: type[BaseModel]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from upath import UPath
 
 from qresafe.artifacts import is_local
+from qresafe.errors import DataError
 
 
 def local_folder(folder: str | Path | UPath) -> Path:
@@ -58,7 +59,11 @@ def copy_tree(source: UPath, target: UPath) -> None:
     for path in sorted(source.rglob("*"), key=str):
         if not path.is_file():
             continue
-        copy = target / str(path)[len(root) :].lstrip("/")
+        name = str(path)[len(root) :].lstrip("/")
+        if ".." in name.split("/"):  # an object store takes such names; a file system follows them
+            what = f"the name {name!r} leads out of the folder"
+            raise DataError(what, where=root, remedy="do not use what lies there")
+        copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as reader, copy.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)

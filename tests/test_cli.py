@@ -27,6 +27,7 @@ COMMANDS = [
     *(["attack"], ["benchmarks"], ["ifeval"]),
     *(["judge", "run"], ["judge", "sheet"], ["judge", "ingest"]),
     *(["patch", "run"], ["patch", "apply"], ["patch", "revert"], ["patch", "verify"]),
+    *(["patch", "keygen"], ["patch", "sign"]),
     ["demo-model", "build"],
     *(["score"], ["score", "mt-bench"], ["score", "alpaca-eval"]),
     ["search"],

@@ -16,7 +16,7 @@ from qresafe.driving import driving
 from qresafe.errors import DataError, ResourceError, causes, located, place_of
 from qresafe.failure import describe, read_failure
 from qresafe.progress import Silent
-from qresafe.redaction import redacted
+from qresafe.redaction import redact
 
 SECRET = "s3cr3t-value-of-the-token"
 
@@ -117,7 +117,7 @@ def test_no_secret_is_written(text: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_ordinary_words_stay() -> None:
     text = "http://127.0.0.1:8265 answers 404; see /home/me/.aws/credentials, sk-learn"
-    assert redacted(text) == text
+    assert redact(text) == text
 
 
 def test_a_terminated_command_says_that_it_was_stopped(tmp_path: Path) -> None:

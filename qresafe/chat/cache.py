@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from upath import UPath
 
-from qresafe.artifacts import write_text
+from qresafe.artifacts import write_bytes
 from qresafe.chat.client import Reply
 
 
@@ -40,7 +40,7 @@ class AnswerCache:
             return
         file = self._file(request)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, reply.model_dump_json())
+        write_bytes(file, reply.model_dump_json().encode())  # data: kept as it was answered
 
     def _file(self, request: Mapping[str, Any]) -> UPath:
         assert self._folder is not None

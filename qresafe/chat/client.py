@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from qresafe.errors import ModelError, nearest
+from qresafe.redaction import redact
 
 KEY = "OPENAI_API_KEY"  # only from the environment: specs are stored beside the results
 CHECK_SECONDS = 10.0
@@ -131,4 +132,5 @@ def _refused_key(url: str) -> ModelError:
 
 def _reason(error: Exception) -> str:
     kind = _KINDS.get(type(error).__name__, "malformed answer")
-    return f"{kind}: {' '.join(str(error).split())[:200]}"
+    # Redacted before it is cut: half a key would not be recognised.
+    return f"{kind}: {redact(' '.join(str(error).split()))[:200]}"

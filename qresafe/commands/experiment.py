@@ -20,6 +20,7 @@ from qresafe.commands.options import (
     experiment,
 )
 from qresafe.commands.running import Arms, execute, wanted
+from qresafe.redaction import redact_data
 
 
 class Scenario(StrEnum):
@@ -70,7 +71,7 @@ def show(
         return
     import yaml
 
-    typer.echo(yaml.safe_dump(data, sort_keys=False), nl=False)
+    typer.echo(yaml.safe_dump(redact_data(data), sort_keys=False), nl=False)
 
 
 def generate(

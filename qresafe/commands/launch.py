@@ -11,6 +11,7 @@ from typing import NoReturn
 import typer
 
 from qresafe.errors import UserError, causes
+from qresafe.redaction import redacted_output
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 RESUME = "interrupted: give the same command again to continue (what is finished is kept)"
@@ -26,6 +27,12 @@ def launch(app: typer.Typer, arguments: list[str] | None = None) -> NoReturn:
     0: done; 1: a bug; 2: a mistake in the command line or its inputs; 130: interrupted.
     """
     quiet_libraries()
+    with redacted_output():
+        sys.exit(_ended(app, arguments))
+
+
+def _ended(app: typer.Typer, arguments: list[str] | None) -> int:
+    """Run `app` and return the exit code that it ends with."""
     try:
         app(arguments)
     except SystemExit as leaving:
@@ -37,10 +44,10 @@ def launch(app: typer.Typer, arguments: list[str] | None = None) -> NoReturn:
         if mistake is None:
             traceback.print_exc()
             _say("", REPORT)
-            sys.exit(1)
+            return 1
         _say("error: ", str(mistake))
-        sys.exit(mistake.exit_code)
-    sys.exit(0)
+        return mistake.exit_code
+    return 0
 
 
 def quiet_libraries() -> None:

@@ -82,10 +82,11 @@ def _render(tokenizer: Any, messages: list[Message], *, opening: bool) -> str:
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
         )
-    except jinja2.TemplateError as error:
-        if any(message["role"] == "system" for message in messages):
+    except Exception as error:  # a template is a program: it may fail in any way
+        refused = isinstance(error, jinja2.TemplateError)
+        if refused and any(message["role"] == "system" for message in messages):
             raise _no_system(tokenizer) from None
-        what = f"the chat template fails ({error})"
+        what = f"the chat template fails ({' '.join(str(error).split())[:200]})"
         raise ModelError(what, where=str(tokenizer.name_or_path)) from None
 
 

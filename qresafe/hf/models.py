@@ -15,8 +15,10 @@ from upath import UPath
 from qresafe.artifacts import hash_file
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.decoded import decoded_because, load_decoded
+from qresafe.hf.files import check_files, check_names, warn_of_code
 from qresafe.hf.gguf_folder import check_gguf, gguf_file, is_unpacked, unpacked
 from qresafe.hf.numba_threads import hold_to_one_thread, runs_on_numba
+from qresafe.hf.template_probe import check_template
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
@@ -75,6 +77,8 @@ def resolve(spec: ModelSpec, key: str = "model.path") -> ModelRef:
     """
     folder, revision = _folder(spec, key)
     check_folder(folder)
+    if spec.trust_remote_code:
+        warn_of_code(folder, key)
     return ModelRef(str(folder), spec.path, revision, spec.dtype, spec.trust_remote_code)
 
 
@@ -131,6 +135,8 @@ def check_folder(folder: str | Path) -> None:
         CorruptArtifactError: A shard is missing or shorter than its header says.
     """
     folder = Path(folder)
+    if folder.is_dir():
+        check_files(folder, WEIGHTS, CONTENT)
     config = read_config(folder)
     if "model_type" not in config:
         remedy = "give a transformers causal language model"
@@ -154,7 +160,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         remedy = "give a folder that holds a saved transformers model"
         raise ModelError("no config.json", where=str(folder), remedy=remedy) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"malformed config.json ({error})", where=str(folder)) from None
     if not isinstance(config, dict):
         raise ModelError("config.json is no JSON object", where=str(folder))
@@ -174,11 +180,10 @@ def weight_files(folder: str | Path) -> list[Path]:
     shards: list[Path] = []
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            names = list(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ModelError("malformed model.safetensors.index.json", where=str(folder)) from None
-        # A shard's name comes from a file: it must not lead out of the folder.
-        shards = [folder / Path(str(name)).name for name in names]
+        shards = [folder / name for name in check_names(names, folder)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CorruptArtifactError(
@@ -262,7 +267,7 @@ def load_model(
             **({"gguf_file": gguf.name} if gguf else {}),
             **placed,
         )
-    except (ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever a config's odd values lead to
         raise _load_failure(error, folder) from error
     refuse_missing(loaded, folder)
     if (folder / KEPT).is_file():
@@ -300,17 +305,19 @@ def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:
         raise ModelError(what, where=str(folder), remedy="use a complete copy of the model")
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return transformers' own config object of a model folder.
 
     Raises:
-        ModelError: transformers does not know the model type.
+        ModelError: transformers does not know the model type, or does not take a value.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+        return AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # whatever a config's odd values lead to
         raise _load_failure(error, folder) from error
 
 
@@ -354,6 +361,7 @@ def load_tokenizer(
     if not tokenizer.chat_template:
         remedy = "use the chat variant of the model, or add chat_template.jinja to the folder"
         raise ModelError("the tokenizer has no chat template", where=str(folder), remedy=remedy)
+    check_template(tokenizer, str(folder))
     if tokenizer.eos_token is None:
         remedy = "set eos_token in tokenizer_config.json"
         raise ModelError("the tokenizer has no end token", where=str(folder), remedy=remedy)
@@ -364,12 +372,9 @@ def load_tokenizer(
 
 def context_length(path: str, trust_remote_code: bool = False) -> int | None:
     """Return how many positions a model was made for; None if its config does not say."""
-    from transformers import AutoConfig
-
-    folder = local_folder(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(local_folder(path), trust_remote_code)
     length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def fingerprint(path: str | Path | UPath) -> str:

@@ -72,10 +72,10 @@ def _csv(file: Path) -> pa.Table:
             read_options=csv.ReadOptions(use_threads=False),
             parse_options=csv.ParseOptions(newlines_in_values=True),
         )
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        names = table.column_names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         remedy = "quote values that hold commas, and save as UTF-8"
         raise _malformed("CSV", file, error, remedy) from None
-    names = table.column_names
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise DataError(f"two columns are called {twice!r}", where=str(file), remedy="rename one")
@@ -90,7 +90,7 @@ def _jsonl(file: Path) -> pa.Table:
 def _json(file: Path) -> pa.Table:
     try:
         data = json.loads(file.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise _malformed("JSON", file, error, "save a list of objects as UTF-8") from None
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError("no list of objects", where=str(file), remedy="write [{...}, {...}]")
@@ -119,7 +119,7 @@ def _from_objects(file: Path, rows: list[tuple[str, dict[str, Any]]], remedy: st
 def _column(file: Path, name: str, values: list[object]) -> pa.Array:
     try:
         return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
         remedy = "give it one type in all lines"
         raise _malformed(f"key {name!r}", file, error, remedy) from None
 
@@ -129,7 +129,7 @@ def _parquet(file: Path) -> pa.Table:
 
     try:
         return parquet.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _malformed("Parquet", file, error, "write the file again") from None
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from qresafe.artifacts import hash_file, write_bytes
+from qresafe.artifacts import disk_errors, hash_file, write_bytes
 from qresafe.core import sparse_patch
 from qresafe.core.sparse_patch import SparseDiff
 from qresafe.errors import CorruptArtifactError, ModelError
@@ -189,10 +189,11 @@ def _convert(patch: Path, source: Path, target: Path, have: State, want: State) 
 
     step = SparseDiff.apply if have == "base" else SparseDiff.revert
     stepped = _Stepped(checkpoint, changes, step)
-    if is_lone(source):
-        _write_file(checkpoint, target, stepped, check)
-    else:
-        checkpoint.rewrite(target, stepped, check)
+    with disk_errors(str(target)):
+        if is_lone(source):
+            _write_file(checkpoint, target, stepped, check)
+        else:
+            checkpoint.rewrite(target, stepped, check)
     changed = sum(len(change.positions) for change in changes.values())
     return {"checkpoint": want, "folder": str(target), "codes_changed": changed}
 

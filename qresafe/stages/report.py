@@ -26,6 +26,7 @@ from qresafe.artifacts import (
     write_text,
 )
 from qresafe.progress import Progress
+from qresafe.redaction import redact_data
 from qresafe.stages import report_parts as parts
 from qresafe.stages import report_view as view
 from qresafe.stages.compare import read_comparison
@@ -120,7 +121,7 @@ def tell(given: ReportInput) -> dict[str, Any]:
         "cost": costs,
         "seconds": sum(row.seconds for row in costs),
         "startup": sum(row.startup or 0.0 for row in costs),
-        "spec": yaml.safe_dump(json.loads(json.dumps(given.spec)), sort_keys=False),
+        "spec": yaml.safe_dump(redact_data(given.spec), sort_keys=False),
         "seeds": view.seeds(given.spec),
         "versions": versions(),
         "hardware": hardware(),
@@ -133,12 +134,12 @@ def render(shown: Mapping[str, Any]) -> dict[str, str]:
     """Return file name -> text."""
     templates = environment()
     page = templates.get_template("report.html.jinja").render(shown)
-    card = templates.get_template("model_card.md.jinja").render(shown)
+    card = templates.overlay(finalize=_markdown).get_template("model_card.md.jinja").render(shown)
     return {"report.html": page, "report.json": _json(shown), "model_card.md": card}
 
 
 def environment() -> Environment:
-    """Return the templates: everything that ends in .html is escaped, the Markdown card not."""
+    """Return the templates: everything that ends in .html is escaped."""
     return Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=lambda name: bool(name and ".html" in name),
@@ -146,6 +147,13 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _markdown(value: Any) -> Any:
+    """Return what the card prints without tags and links: names in it may be anything."""
+    if not isinstance(value, str):
+        return value
+    return value.replace("<", "&lt;").replace("[", "\\[").replace("\n", " ")
 
 
 def _json(shown: Mapping[str, Any]) -> str:

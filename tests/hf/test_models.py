@@ -54,10 +54,14 @@ def test_a_truncated_shard_is_found_before_loading(copy: Path) -> None:
 
 
 def test_a_missing_shard_and_a_path_that_leads_outside(copy: Path) -> None:
-    index = {"weight_map": {"x": "../../../etc/passwd"}}
+    index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     (copy / "model.safetensors").unlink()
-    with pytest.raises(CorruptArtifactError, match="missing weight file passwd"):
+    with pytest.raises(CorruptArtifactError, match="missing weight file model-00001"):
+        models.check_folder(copy)
+    index = {"weight_map": {"x": "../../../etc/passwd"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"names the file '\.\./\.\./\.\./etc/passwd'"):
         models.check_folder(copy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from gguf import GGMLQuantizationType, quants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qresafe.errors import CorruptArtifactError, ModelError, UserError
+from qresafe.errors import CorruptArtifactError, ModelError, ResourceError, UserError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.models import resolve
+from qresafe.hf.tensor_files import TensorFiles
 from qresafe.quantize_specs import RtnSpec
 from qresafe.quantizers.rtn import quantize
 from qresafe.specs import ModelSpec
@@ -200,6 +202,26 @@ def test_an_existing_target_and_a_missing_patch_are_refused(made: Path, tmp_path
         qpatch.apply(made / "p.qpatch", made / "q0", tmp_path)
     with pytest.raises(ModelError, match="no such patch file"):
         qpatch.apply(tmp_path / "absent.qpatch", made / "q0", tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the codes are written, aside, when the disk is full; Q never appears."""
+    overwrite, calls = TensorFiles.overwrite, []
+
+    def filling(self: TensorFiles, folder: Path, name: str, value: torch.Tensor) -> None:
+        calls.append(folder)
+        if len(calls) == 7:  # of 14 layers
+            assert (tmp_path / "q") not in calls, "it is built aside"
+            raise OSError(errno.ENOSPC, "No space left on device")
+        overwrite(self, folder, name, value)
+
+    monkeypatch.setattr(TensorFiles, "overwrite", filling)
+    with pytest.raises(ResourceError, match="the disk is full"):
+        qpatch.apply(made / "p.qpatch", made / "q0", tmp_path / "q")
+    assert len(calls) == 7
+    assert list(tmp_path.iterdir()) == []
 
 
 def rewritten(patch: Path, target: Path, edit: Edit) -> Path:

@@ -9,6 +9,7 @@ from upath import UPath
 
 from qresafe.artifacts import Run, write_text
 from qresafe.errors import SpecError
+from qresafe.redaction import redact_data
 from qresafe.search_spec import Search
 from qresafe.stages.search.ledger import Row, write_trials
 from qresafe.stages.search.selection import objectives, pareto_front, winner
@@ -69,4 +70,4 @@ def spec_text(search: Search, row: Row) -> str:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in named)
     head = f"# Trial {row.index} of search {search.spec.name}. On validation prompts: {shown}.\n"
     data = search.best(row.params).model_dump(mode="json")
-    return head + yaml.safe_dump(data, sort_keys=False)
+    return head + yaml.safe_dump(redact_data(data), sort_keys=False)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from qresafe.artifacts import git_revision, hardware, versions, write_text
+from qresafe.redaction import redact_data
 from qresafe.search_spec import Search
 from qresafe.stages.report import environment
 from qresafe.stages.search import view
@@ -53,7 +54,7 @@ def tell(search: Search, rows: Sequence[Row]) -> dict[str, Any]:
         "objectives": [(METRICS_BY_NAME[o.metric].title, o.weight) for o in spec.objectives],
         "constraints": [(METRICS_BY_NAME[c.metric].title, c.at_most) for c in spec.constraints],
         "best": spec_text(search, best) if best else "",
-        "search": yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False),
+        "search": yaml.safe_dump(redact_data(spec.model_dump(mode="json")), sort_keys=False),
         "key": search.key,
         "versions": versions(),
         "hardware": hardware(),
