@@ -83,7 +83,7 @@ class Run:
 
     def __init__(self, storage: str, name: str) -> None:
         try:
-            self.root = UPath(storage) / "runs" / name
+            self.root = _remembering_no_listing(UPath(storage)) / "runs" / name
         except (ValueError, ImportError) as error:  # an unknown scheme, or its package is missing
             remedy = "give a local folder or a URL such as s3://bucket/path"
             raise ResourceError(
@@ -155,6 +155,13 @@ class Run:
             write_text(folder / "manifest.json", manifest.model_dump_json(indent=1))
             write_text(folder / "DONE", key)
         return Artifact(path=folder, manifest=manifest)
+
+
+def _remembering_no_listing(storage: UPath) -> UPath:
+    """Return the same path, never answered from a listing made before another host wrote there."""
+    if is_local(storage):
+        return storage
+    return UPath(storage, use_listings_cache=False)
 
 
 def stage_key(

@@ -19,6 +19,7 @@ from upath import UPath
 
 from qresafe.artifacts import write_bytes
 from qresafe.progress import Progress
+from qresafe.storage import children
 
 Row = dict[str, Any]
 BatchFunction = Callable[[list[Row]], pa.Table]
@@ -164,7 +165,7 @@ class Tally:
     def skip_finished(self, batches: Sequence[Batch], parts: UPath) -> list[Batch]:
         """Return the batches whose part is missing or damaged."""
         parts.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in parts.iterdir()}
+        present = {path.name for path in children(parts)}
         done = {
             batch.index
             for batch in batches

@@ -1,9 +1,9 @@
 """Several hosts on one machine: network namespaces with their own IPs, links and Ray nodes.
 
 Each host is a network namespace of Linux, joined to the others by a veth pair and a bridge. It
-also has a folder of its own, `Hosts.own`: the same path on every host, with other files behind it,
-as /tmp is on real machines. All else of the file system is common to them, as a shared folder is.
-This process stands outside, at `Hosts.outside`, where a server of its own reaches every host.
+also has a host name and a folder of its own, `Hosts.own`: the same path on every host, with other
+files behind it, as /tmp is on real machines. All else of the file system is common to
+them, as a shared folder is. This process stands outside, at `Hosts.outside`, where a server of its own reaches every host.
 
     with Hosts(3) as hosts:
         hosts.start_head(cpus=0)
@@ -40,6 +40,7 @@ from tests.heads import RAY, clean_environment
 SLOTS = 256  # subnets 10.77.0.0/24 to 10.77.255.0/24
 LINK = "e0"  # a host's only network interface but lo
 PORT = 6379
+TRIES = 3  # Ray gives a node half a minute to start, which a busy machine can take
 STORE_BYTES = 100_000_000
 OWNER = "qresafe hosts of process "
 
@@ -67,12 +68,13 @@ class Hosts:
         self.ips = [f"10.77.{slot}.{index + 1}" for index in range(count)]
         self.outside = f"10.77.{slot}.254"
         self.address = f"{self.ips[0]}:{PORT}"
-        # gloo would look this machine's name up and find the address of another network
         self.env = clean_environment(self.folder) | {"GLOO_SOCKET_IFNAME": LINK}
 
     def __enter__(self) -> Hosts:
         try:
             self.own.mkdir()
+            names = [f"{ip} {self._host(index)}\n" for index, ip in enumerate(self.ips)]
+            (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
             _ip("addr", "add", f"{self.outside}/24", "dev", self._name)
             _ip("link", "set", self._name, "up")
             for index in range(self._count):
@@ -87,9 +89,11 @@ class Hosts:
 
     def command(self, host: int, argv: Sequence[str]) -> list[str]:
         """Return what any process of root's runs to have `argv` run on a host."""
-        mount = 'mount --bind "$0" "$1" && shift && exec "$@"'
-        shell = ["sh", "-c", mount, str(self.behind(host)), str(self.own)]
-        return ["ip", "netns", "exec", self._host(host), *shell, *argv]
+        setup = 'hostname "$0" && mount --bind "$1" /etc/hosts && mount --bind "$2" "$3"'
+        mounts = [str(self.folder / "hosts"), str(self.behind(host)), str(self.own)]
+        name = self._host(host)
+        alone = ["ip", "netns", "exec", name, "unshare", "--uts"]  # ip makes a mount namespace too
+        return [*alone, "sh", "-c", f'{setup} && shift 3 && exec "$@"', name, *mounts, *argv]
 
     def run(
         self,
@@ -107,7 +111,7 @@ class Hosts:
             env: Added to the hosts' own environment.
             options: Of `subprocess.run`.
         """
-        options = {"capture_output": True, "text": True, "timeout": 300} | options
+        options = {"capture_output": True, "text": True, "timeout": 600} | options
         return subprocess.run(self.command(host, argv), env=self.env | dict(env or {}), **options)
 
     def popen(
@@ -173,9 +177,12 @@ class Hosts:
     def _start(self, host: int, cpus: int, options: Sequence[str], env: Env) -> None:
         command = [RAY, "start", f"--node-ip-address={self.ips[host]}", f"--num-cpus={cpus}"]
         command += [f"--temp-dir={self.own}/ray", f"--object-store-memory={STORE_BYTES}", *options]
-        started = self.run(host, command, env=env, cwd=self.folder, timeout=120)
-        if started.returncode:
-            raise RuntimeError(f"ray start on host {host}: {started.stdout}{started.stderr}")
+        for _ in range(TRIES):
+            started = self.run(host, command, env=env, cwd=self.folder, timeout=120)
+            if started.returncode == 0:
+                return
+            self.kill(host)
+        raise RuntimeError(f"ray start on host {host}: {started.stdout}{started.stderr}")
 
     def _join(self, host: int) -> None:
         self.behind(host).mkdir()

@@ -49,8 +49,14 @@ def test_a_cut_link_lets_nothing_through_until_it_is_restored() -> None:
         assert ask() == "nothing"
 
 
-def test_hosts_share_every_folder_but_their_own() -> None:
+def test_hosts_have_names_and_share_every_folder_but_their_own() -> None:
     with Hosts(2) as hosts:
+        names = [hosts.run(host, ["hostname"], check=True).stdout.strip() for host in (0, 1)]
+        assert names[0] != names[1]
+        assert hosts.run(0, ["getent", "hosts", names[1]]).stdout.split() == [
+            hosts.ips[1],
+            names[1],
+        ]
         for path in (hosts.own / "a", hosts.folder / "b"):
             hosts.run(0, ["touch", str(path)], check=True)
         seen = hosts.run(1, ["ls", str(hosts.own), str(hosts.folder / "b")], check=True).stdout
