@@ -95,10 +95,10 @@ class Run:
         """Write a file and remove it, before hours of work end in "permission denied".
 
         Raises:
-            ResourceError: The storage cannot be written.
+            ResourceError: The storage cannot be reached or written.
         """
         probe = self.root / f".probe-{os.getpid()}"
-        with output_errors(self.root):
+        with output_errors(self.root), _client_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             write_text(probe, "")
             probe.unlink()
@@ -272,6 +272,20 @@ def output_errors(path: UPath | Path) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, IsADirectoryError) as error:
         remedy = "give a path that you may write to"
         raise ResourceError("cannot write", where=str(path), remedy=remedy) from error
+
+
+@contextmanager
+def _client_errors(path: UPath) -> Iterator[None]:
+    """Turn what a remote storage's client raises into one sentence: each has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        if is_local(path):
+            raise
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        remedy = "check its address, your keys for it, and the network"
+        what = f"the storage does not let this process write ({told})"
+        raise ResourceError(what, where=str(path), remedy=remedy) from error
 
 
 def check_output(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 Each host is a network namespace of Linux, joined to the others by a veth pair and a bridge. It
 also has a host name and a folder of its own, `Hosts.own`: the same path on every host, with other
-files behind it, as /tmp is on real machines. All else of the file system is common to
-them, as a shared folder is. This process stands outside, at `Hosts.outside`, where a server of its own reaches every host.
+files behind it, as /tmp is on real machines. All else of the file system is common to them, as a
+shared folder is. This process stands outside, at `Hosts.outside`, where a server that it runs
+reaches every host.
 
     with Hosts(3) as hosts:
         hosts.start_head(cpus=0)
