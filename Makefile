@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-hosts bench-statistics bench-judges bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu clean
 
 install: $(STAMP)
 
@@ -45,10 +45,6 @@ bench-search: install
 
 bench-speed: install
 	$(BIN)/python -m bench.speed
-
-# As root, with iproute2.
-bench-hosts: install
-	$(BIN)/python -m bench.hosts
 
 bench-statistics: install
 	mkdir -p .bench
