@@ -84,7 +84,7 @@ class Run:
 
     def __init__(self, storage: str, name: str) -> None:
         try:
-            self.root = UPath(storage) / "runs" / name
+            self.root = _remembering_no_listing(UPath(storage)) / "runs" / name
         except (ValueError, ImportError) as error:  # an unknown scheme, or its package is missing
             remedy = "give a local folder or a URL such as s3://bucket/path"
             raise ResourceError(
@@ -96,10 +96,10 @@ class Run:
         """Write a file and remove it, before hours of work end in "permission denied".
 
         Raises:
-            ResourceError: The storage cannot be written.
+            ResourceError: The storage cannot be reached or written.
         """
         probe = self.root / f".probe-{os.getpid()}"
-        with output_errors(self.root):
+        with output_errors(self.root), _client_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             write_text(probe, "")
             probe.unlink()
@@ -156,6 +156,13 @@ class Run:
             write_text(folder / "manifest.json", manifest.model_dump_json(indent=1))
             write_text(folder / "DONE", key)
         return Artifact(path=folder, manifest=manifest)
+
+
+def _remembering_no_listing(storage: UPath) -> UPath:
+    """Return the same path, never answered from a listing made before another host wrote there."""
+    if is_local(storage):
+        return storage
+    return UPath(storage, use_listings_cache=False)
 
 
 def stage_key(
@@ -266,6 +273,20 @@ def output_errors(path: UPath | Path) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, IsADirectoryError) as error:
         remedy = "give a path that you may write to"
         raise ResourceError("cannot write", where=str(path), remedy=remedy) from error
+
+
+@contextmanager
+def _client_errors(path: UPath) -> Iterator[None]:
+    """Turn what a remote storage's client raises into one sentence: each has errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        if is_local(path):
+            raise
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        remedy = "check its address, your keys for it, and the network"
+        what = f"the storage does not let this process write ({told})"
+        raise ResourceError(what, where=str(path), remedy=remedy) from error
 
 
 def check_output(path: Path) -> None:

@@ -53,6 +53,17 @@ def built_locally(target: Path | UPath) -> Iterator[Path]:
         copy_tree(UPath(scratch), target)
 
 
+def children(folder: UPath) -> list[UPath]:
+    """Return what lies in `folder`, by name: nothing where it does not exist.
+
+    An object store has no folders, so that one which was made and not yet filled is not there.
+    """
+    try:
+        return sorted(folder.iterdir(), key=lambda path: path.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def copy_tree(source: UPath, target: UPath) -> None:
     """Copy every file under `source` to the same place under `target`, in pieces of 4 MiB."""
     root = str(source)

@@ -28,6 +28,7 @@ from qresafe.artifacts import (
 )
 from qresafe.errors import CorruptArtifactError, ResourceError
 from qresafe.leftovers import sweep
+from qresafe.storage import children
 
 
 class Work:
@@ -251,3 +252,27 @@ def test_a_storage_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     for storage in (str(tmp_path / "file"), "/proc/x"):
         with pytest.raises(ResourceError, match="cannot write"):
             Run(storage, "r").check()
+
+
+def test_a_remote_storage_that_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of object stores raise classes of their own, such as botocore's."""
+
+    class NoKeys(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoKeys("unable to locate\ncredentials")
+
+    run = Run("memory://refusing", "r")
+    monkeypatch.setattr(type(run.root.fs), "_open", refuse)
+    with pytest.raises(ResourceError, match=r"NoKeys: unable to locate credentials\) in memory:"):
+        run.check()
+
+
+@pytest.mark.parametrize("root", ["memory://listed", ""])
+def test_a_folder_that_is_not_there_has_no_children(root: str, tmp_path: Path) -> None:
+    folder = UPath(root or tmp_path) / "work"
+    assert children(folder) == []
+    for name in ("b", "a"):
+        write_text(folder / name, "") if root else (folder / name).mkdir(parents=True)
+    assert [path.name for path in children(folder)] == ["a", "b"]

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qresafe.errors import SpecError, nearest
+from qresafe.errors import SpecError, UserError, nearest
 from qresafe.specs import ExperimentSpec
 
 if TYPE_CHECKING:
@@ -93,7 +94,13 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
 
 
 def started(spec: ExperimentSpec, progress: Progress) -> Runtime:
-    """Return what runs a spec's stages: this process at `workers: 0`, else Ray."""
+    """Return what runs a spec's stages: this process at `workers: 0`, else Ray.
+
+    Raises:
+        UserError: The cluster cannot be joined, or one of its hosts lacks the storage or the model.
+    """
+    from qresafe.artifacts import Run
+    from qresafe.dist.hosts import check_hosts
     from qresafe.dist.runtime import make_runtime
 
     if not spec.resources.workers:
@@ -101,6 +108,12 @@ def started(spec: ExperimentSpec, progress: Progress) -> Runtime:
     progress.start("start Ray")
     runtime = make_runtime(spec.resources)
     progress.finish()
+    model = Path(spec.model.path).expanduser()
+    try:
+        check_hosts(Run(spec.storage, spec.name).root, [model.resolve()] if model.is_dir() else [])
+    except UserError:
+        runtime.close()
+        raise
     return runtime
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class ModelRef:
                 "trust_remote_code": self.trust_remote_code,
             }
         )
-        return resolve(spec)
+        return resolve(spec, f"model.path on host {socket.gethostname()}")
 
 
 def resolve(spec: ModelSpec, key: str = "model.path") -> ModelRef:

@@ -13,6 +13,7 @@ from torch import Tensor
 from upath import UPath
 
 from qresafe.artifacts import write_bytes, write_text
+from qresafe.storage import children
 
 FOLDER = "work/checkpoints"  # `work/` is not part of the finished artefact
 GENERATIONS = 2
@@ -77,15 +78,13 @@ def _read(place: UPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def _newest_first(folder: UPath) -> list[UPath]:
-    root = folder / FOLDER
-    if not root.exists():
-        return []
-    return sorted(root.iterdir(), key=lambda place: place.name, reverse=True)
+    return children(folder / FOLDER)[::-1]
 
 
 def _remove(place: UPath) -> None:
     (place / "meta.json").unlink(missing_ok=True)  # first: it is what makes a checkpoint count
     (place / "state.safetensors").unlink(missing_ok=True)
-    for rest in place.iterdir():
+    for rest in children(place):
         rest.unlink(missing_ok=True)
-    place.rmdir()
+    if place.exists():  # an object store has no empty folders
+        place.rmdir()

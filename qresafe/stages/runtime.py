@@ -21,6 +21,7 @@ from qresafe.artifacts import write_bytes
 from qresafe.errors import located
 from qresafe.failure import here
 from qresafe.progress import Progress
+from qresafe.storage import children
 
 Row = dict[str, Any]
 BatchFunction = Callable[[list[Row]], pa.Table]
@@ -172,7 +173,7 @@ class Tally:
     def skip_finished(self, batches: Sequence[Batch], parts: UPath) -> list[Batch]:
         """Return the batches whose part is missing or damaged."""
         parts.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in parts.iterdir()}
+        present = {path.name for path in children(parts)}
         done = {
             batch.index
             for batch in batches

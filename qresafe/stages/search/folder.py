@@ -14,6 +14,7 @@ from qresafe.search_spec import Search
 from qresafe.stages.search.ledger import Row, write_trials
 from qresafe.stages.search.selection import objectives, pareto_front, winner
 from qresafe.stages.search.values import row_values
+from qresafe.storage import children
 
 STOPPED = "stopped"  # holds the reason, if three failures of a kind ended the search
 TRIALS = "trials.parquet"
@@ -53,7 +54,7 @@ def write_results(search: Search, rows: Sequence[Row]) -> Row | None:
     folder.mkdir(parents=True, exist_ok=True)
     write_trials(folder / TRIALS, rows, [row_values(search, row) for row in rows])
     (folder / FRONT).mkdir(exist_ok=True)
-    for old in (folder / FRONT).iterdir():
+    for old in children(folder / FRONT):
         old.unlink()
     for row in pareto_front(rows, spec):
         write_text(folder / FRONT / f"trial-{row.index:03d}.yaml", spec_text(search, row))

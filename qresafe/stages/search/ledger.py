@@ -12,6 +12,7 @@ from upath import UPath
 
 from qresafe.artifacts import write_text
 from qresafe.stages.runtime import write_table
+from qresafe.storage import children
 
 Status = Literal["completed", "stopped", "failed"]
 
@@ -65,9 +66,7 @@ class Ledger:
 
     def read(self) -> dict[int, Row]:
         """Return index -> row of all trials that have ended."""
-        if not self._folder.exists():
-            return {}
-        files = [path for path in self._folder.iterdir() if path.name.endswith(".json")]
+        files = [path for path in children(self._folder) if path.name.endswith(".json")]
         rows = [Row.model_validate_json(path.read_text()) for path in files]
         return {row.index: row for row in sorted(rows, key=lambda row: row.index)}
 
