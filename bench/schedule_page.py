@@ -24,11 +24,11 @@ def page(
     driven: Mapping[float, float],
 ) -> str:
     """Return the Markdown page."""
+    real = [_costs(costs), _compared_table(compared)] if compared else [_assumed(costs)]
     parts = [
-        _head(),
+        _head("" if compared else " --actors 0"),
         "## The simulator against real actors",
-        _costs(costs),
-        _compared_table(compared),
+        *real,
         "## 1,000 actors, simulated",
         _verdict(cells),
         _fleet_table(cells),
@@ -38,10 +38,10 @@ def page(
     return "\n\n".join(parts) + "\n"
 
 
-def _head() -> str:
+def _head(options: str) -> str:
     return (
         "# How busy a large fleet is kept\n\n"
-        f"Made by `make bench-schedule` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
+        f"Made by `python -m bench.schedule{options}` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
         f"({platform.machine()}), load {os.getloadavg()[0]:.1f} at the end.\n\n"
         "**The 1,000 actors are simulated**: this machine cannot hold them. Real are the plan of "
         "batches (`stages.generate.in_batches`) and the rule of how many batches an actor holds "
@@ -63,6 +63,14 @@ def _costs(costs: Costs) -> str:
         "actor holds already (wall time, beside whatever else ran here). Real actors sleep "
         "instead of computing, at twice the speed; the simulator is told when each of them was "
         "there, and predicts the rest."
+    )
+
+
+def _assumed(costs: Costs) -> str:
+    return (
+        "**Not compared in this run** (`--actors 0`). What a batch costs beside its computing is "
+        f"assumed: {1e3 * costs.driver:g} ms of the driver, {1e3 * costs.reply:g} ms until an "
+        f"idle actor has its next batch, {1e3 * costs.gap:g} ms between two that it holds already."
     )
 
 
@@ -91,7 +99,7 @@ def _verdict(cells: Sequence[Cell]) -> str:
     return (
         f"Target: at least {100 * TARGET:.0f} % busy. Reached for {'; '.join(told)}. With fewer, "
         "no order helps: all actors wait for the last batches, and the remedy is fewer workers "
-        "or a smaller `generate.batch_size`. A batch holds 32 prompts; actors become ready one "
+        "or a smaller `generate.batch_size`. A batch holds 16 prompts; actors become ready one "
         "after another within 60 s. "
         f"From {RESERVE_FROM} batches per actor on each holds one in reserve, which hides the "
         "driver's reply; before, each did always, and the column shows what that cost."
@@ -125,8 +133,8 @@ def _fleet_table(cells: Sequence[Cell]) -> str:
 def _driver(costs: Costs, driven: Mapping[float, float]) -> str:
     lines = [
         "One driver serves all actors, so that what it spends on a batch bounds the fleet. The "
-        f"simulation above uses the {1e3 * costs.driver:.1f} ms measured here with one actor; "
-        "whether it grows with the number of actors could not be measured here. Chat answers, 8 "
+        f"simulation above counts {1e3 * costs.driver:.1f} ms for each; whether that "
+        "grows with the number of actors could not be measured here. Chat answers, 8 "
         "batches per actor, no other costs:",
         "",
         "| driver, ms per batch | busy |",
