@@ -41,8 +41,9 @@ def page(
 def _head(options: str) -> str:
     return (
         "# How busy a large fleet is kept\n\n"
-        f"Made by `python -m bench.schedule{options}` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), load {os.getloadavg()[0]:.1f} at the end.\n\n"
+        f"Made by `python -m bench.schedule{options}` on {datetime.date.today()}, "
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"load {os.getloadavg()[0]:.1f} at the end.\n\n"
         "**The 1,000 actors are simulated**: this machine cannot hold them. Real are the plan of "
         "batches (`stages.generate.in_batches`) and the rule of how many batches an actor holds "
         "(`dist.data.in_flight`); Ray Data's own rule (the next batch to the actor with the "

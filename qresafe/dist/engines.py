@@ -116,7 +116,8 @@ class Stable:
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         self._free = {place: stall for place, stall in self._free.items() if place[0] in alive}
         calls = [engine.rest.remote() for stall in self._free.values() for engine in stall]
-        ray.wait(calls, num_returns=len(calls), timeout=REST_SECONDS)
+        if calls:  # `ray.wait` takes no empty list
+            ray.wait(calls, num_returns=len(calls), timeout=REST_SECONDS)
 
     def _from_the_dead(self, place: tuple[str, str]) -> Any | None:
         """Return the engine of a borrower that must have died, as there is room for `most`."""
