@@ -20,6 +20,10 @@ from qresafe.failure import LOST, OUT_OF_MEMORY, is_out_of_memory, kind_of
 from qresafe.specs import ResourcesSpec
 from qresafe.stages.runtime import Batch, BatchJob, Made, record_ids
 
+# From so many batches per actor on, each holds one in reserve: with 12 real actors and 8 batches
+# each, two in flight were busy 91 % of the time and one 87.5 %.
+RESERVE_FROM = 8
+
 
 class Lease:
     """One actor of Ray Data's pool: holds the CPU or GPU, and sends its batches to an engine.
@@ -89,7 +93,10 @@ def compute(
         batch_format="pyarrow",
         # Sized by the plan at once: the autoscaler's own growth, by queue length, comes late.
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2
+            min_size=1,
+            max_size=most,
+            initial_size=most,
+            max_tasks_in_flight_per_actor=in_flight(len(batches), most),
         ),
         num_cpus=resources.cpus_per_worker,
         num_gpus=resources.gpus_per_worker or None,
@@ -102,6 +109,16 @@ def compute(
             yield Made(**result["made"])
     finally:
         ray.get(stable.take_back.remote())
+
+
+def in_flight(batches: int, actors: int) -> int:
+    """Return how many batches an actor holds at a time, the one that it computes included.
+
+    One in reserve hides the driver's reply. But it waits for its own actor while others have
+    nothing left, or have just started: with few batches each, that costs more
+    (docs/reliability/schedule.md).
+    """
+    return 2 if batches >= RESERVE_FROM * actors else 1
 
 
 def _died(error: RayActorError, batch: Batch) -> errors.ResourceError:

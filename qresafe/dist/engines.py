@@ -22,6 +22,7 @@ from qresafe.stages.runtime import Batch, BatchFunction, BatchJob, Row, compute_
 
 # A batch whose worker died so often is not tried again: most likely it needs too much memory.
 TRIES_PER_BATCH = 4
+REST_SECONDS = 60  # for engines whose node goes just then
 
 
 class Engine:
@@ -83,9 +84,12 @@ class Stable:
     _lent: dict[str, tuple[tuple[str, str], Any]] = field(default_factory=dict)
 
     def lend(self, borrower: str, node: str, gpus: str) -> Any:
-        """Return an engine on `node` for these GPUs; always the same one to the same borrower."""
-        if borrower not in self._lent:
-            place = node, gpus
+        """Return an engine on `node` for these GPUs; to the same borrower there the same one.
+
+        A borrower whose node was lost comes again from another, under the same name.
+        """
+        place = node, gpus
+        if borrower not in self._lent or self._lent[borrower][0][0] != node:
             stall = self._free.setdefault(place, [])
             engine = stall.pop() if stall else self._from_the_dead(place) or self._start(*place)
             self._lent[borrower] = place, engine
@@ -105,8 +109,15 @@ class Stable:
         stall.extend(self._start(node, "") for _ in range(count - len(stall)))
 
     def rest(self) -> None:
-        """Let idle engines drop their models, before something else needs the memory."""
-        ray.get([engine.rest.remote() for stall in self._free.values() for engine in stall])
+        """Let idle engines drop their models, before something else needs the memory.
+
+        Those of a lost node are forgotten: they would wait for it for ever.
+        """
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        self._free = {place: stall for place, stall in self._free.items() if place[0] in alive}
+        calls = [engine.rest.remote() for stall in self._free.values() for engine in stall]
+        if calls:  # `ray.wait` takes no empty list
+            ray.wait(calls, num_returns=len(calls), timeout=REST_SECONDS)
 
     def _from_the_dead(self, place: tuple[str, str]) -> Any | None:
         """Return the engine of a borrower that must have died, as there is room for `most`."""

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from qresafe.artifacts import is_local
-from qresafe.dist import data, vllm
+from qresafe.dist import autoscaler, data, vllm
 from qresafe.dist.engines import Stable
 from qresafe.errors import ResourceError
 from qresafe.progress import Progress
@@ -150,17 +150,22 @@ def wait_for(wanted: ResourcesSpec, workers: int, *, patient: bool) -> None:
         patient: False does not wait at all.
 
     Raises:
-        ResourceError: It is not large enough after `wait_seconds`.
+        ResourceError: It is not large enough after `wait_seconds`, or its autoscaler starts
+            nothing for the demand.
     """
     if (places := count_places(wanted)) >= workers:
         return
     if not patient:
         raise _too_small(wanted, workers, places)
-    deadline = time.monotonic() + wanted.wait_seconds
-    with _demanded(wanted, workers):
+    moved = began = time.monotonic()
+    bundle = _bundle(wanted)
+    with autoscaler.demanded(bundle, workers):
         while (places := count_places(wanted)) < workers:
-            if time.monotonic() >= deadline:
-                raise _too_small(wanted, workers, places)
+            now = time.monotonic()
+            moved = moved if autoscaler.is_idle(bundle, workers) else now
+            refused = now - moved >= autoscaler.PATIENCE_SECONDS
+            if refused or now - began >= wanted.wait_seconds:
+                raise _too_small(wanted, workers, places, refused=refused)
             time.sleep(1)
 
 
@@ -202,18 +207,10 @@ def _hushed() -> Iterator[None]:
         os.close(terminal)
 
 
-@contextmanager
-def _demanded(wanted: ResourcesSpec, workers: int) -> Iterator[None]:
-    """Ask the cluster's autoscaler, if it has one, for room; it sees no demand from waiting."""
-    from ray.autoscaler.sdk import request_resources
-
+def _bundle(wanted: ResourcesSpec) -> dict[str, float]:
+    """Return what a worker holds, in Ray's names."""
     each = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
-    bundle = {name: amount for name, amount in each.items() if amount}
-    request_resources(bundles=[bundle] * workers)
-    try:
-        yield
-    finally:
-        request_resources(bundles=[])
+    return {name: amount for name, amount in each.items() if amount}
 
 
 def count_places(wanted: ResourcesSpec) -> int:
@@ -229,7 +226,9 @@ def count_places(wanted: ResourcesSpec) -> int:
     return places
 
 
-def _too_small(wanted: ResourcesSpec, workers: int, places: int) -> ResourceError:
+def _too_small(
+    wanted: ResourcesSpec, workers: int, places: int, *, refused: bool = False
+) -> ResourceError:
     supply = ray.cluster_resources()
     each = f"{wanted.cpus_per_worker:g} CPUs and {wanted.gpus_per_worker:g} GPUs"
     what = (
@@ -238,4 +237,7 @@ def _too_small(wanted: ResourcesSpec, workers: int, places: int) -> ResourceErro
         f"room for {places}"
     )
     remedy = "lower resources.workers or what each of them needs, or add nodes"
+    if refused:
+        what += ", and its autoscaler starts no node for them"
+        remedy += " (max_workers and available_node_types in the cluster's configuration)"
     return ResourceError(what, where="the Ray cluster", remedy=remedy)

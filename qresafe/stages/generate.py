@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from qresafe.records import COMPLETION, LATER, PROMPT, require_columns
 from qresafe.registry import engines
 from qresafe.specs import GenerateSpec
 from qresafe.stages.engines import Engine
-from qresafe.stages.runtime import Batch, Runtime, Spent, read_parts, write_table
+from qresafe.stages.runtime import Batch, Row, Runtime, Spent, read_parts, write_table
 
 CODE_VERSION = 1
 FILE = "completions.parquet"
@@ -139,13 +139,20 @@ def plan(model: ModelInput | None, prompts: pa.Table, spec: GenerateSpec) -> Pla
         for row in job.requests(prompts.to_pylist())
         for sample in range(spec.samples)
     ]
-    groups = length_plan([row["size"] for row in requests], spec.batch_size)
-    # The longest first: memory is short at once or never, and the last batches are short ones.
-    batches = [
+    return Planned(job, in_batches(requests, spec.batch_size))
+
+
+def in_batches(requests: Sequence[Row], batch_size: int) -> list[Batch]:
+    """Group request rows of similar `size`, the longest first.
+
+    Memory is then short at once or never, and the last batches, which decide when all actors can
+    stop together, are the short ones.
+    """
+    groups = length_plan([row["size"] for row in requests], batch_size)
+    return [
         Batch(index, [requests[row] for row in group])
         for index, group in enumerate(reversed(groups))
     ]
-    return Planned(job, batches)
 
 
 def assemble(prompts: pa.Table, answers: pa.Table, samples: int) -> pa.Table:
