@@ -38,6 +38,7 @@ ROWS: list[set[str]] = [
     {"embedded", "hf"},
     {"quantizers", "benchmarks", "judges"},
     {"stages"},
+    {"planning"},
     {"dist"},
     {"cli", "commands", "console", "ray_jobs"},
 ]
