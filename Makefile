@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-plan bench-gpu clean
 
 install: $(STAMP)
 
@@ -50,6 +50,9 @@ bench-statistics: install
 	mkdir -p .bench
 	$(BIN)/python -m bench.streaming > .bench/streaming.md
 	$(BIN)/python -m bench.coverage --streamed .bench/streaming.md
+
+bench-plan: install
+	$(BIN)/python -m bench.plan --out docs/plan-measured.md
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu

@@ -80,7 +80,9 @@ def patch_step(case: dict[str, Any], device: str) -> Callable[[], None]:
 
 def generation(case: dict[str, Any], device: str) -> Callable[[], None]:
     """Return what answers a batch of prompts."""
+    from qresafe.embedded.build import embedded_model_path
     from qresafe.hf.generate import generate_batch
+    from qresafe.hf.models import load_tokenizer
     from qresafe.specs import GenerateSpec
 
     model = llama(case["shape"], getattr(torch, case["dtype"]), device)
@@ -88,21 +90,10 @@ def generation(case: dict[str, Any], device: str) -> Callable[[], None]:
     prompts = [[5] * PROMPT] * case["rows"]
     spec = GenerateSpec(max_new_tokens=case["answer"])
 
-    class Words:
-        """As much of a tokenizer as generation asks for."""
-
-        eos_token_id = 1
-        chat_template = "{{ messages }}"
-
-        def batch_decode(self, rows: Any, **_: Any) -> list[str]:
-            return ["" for _ in rows]
-
-        def __getattr__(self, name: str) -> Any:
-            raise AttributeError(name)
-
-    return lambda: generate_batch(
-        model, Words(), prompts, list(map(str, range(len(prompts)))), spec
-    )
+    # Of the embedded model: only how answers end and become text is asked of it.
+    tokenizer = load_tokenizer(embedded_model_path())
+    keys = [str(index) for index in range(len(prompts))]
+    return lambda: generate_batch(model, tokenizer, prompts, keys, spec)
 
 
 def training(case: dict[str, Any], device: str) -> Callable[[], None]:
@@ -131,7 +122,7 @@ def training(case: dict[str, Any], device: str) -> Callable[[], None]:
 STAGES = {"patch": patch_step, "generate": generation, "llm_qat": training}
 
 
-def held(model_bytes: Any = None) -> int:
+def held() -> int:
     """Return the bytes of all tensors that live in this process, each storage once."""
     import gc
 
@@ -156,29 +147,28 @@ def allocator_peak(run: Callable[[], None]) -> int:
     return peak
 
 
-def resident() -> int:
-    """Return this process's highest resident anonymous and shared memory so far."""
-    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(fields["VmHWM"].split()[0]) * 1024
+def peak_of(case: dict[str, Any], device: str) -> int:
+    """Return the most bytes that torch held for a case at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, more would wait for each other
+    try:
+        return _peak(case, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _peak(case: dict[str, Any], device: str) -> int:
+    before = held()
+    run = STAGES[case["stage"]](case, device)
+    if device == "cpu":
+        return held() - before + allocator_peak(run)
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return int(torch.cuda.max_memory_allocated())
 
 
 def main() -> None:
-    case, device = json.loads(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
-    start = resident()
-    run = STAGES[case["stage"]](case, device)
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        print(json.dumps({"peak": torch.cuda.max_memory_allocated()}))
-        return
-    base = held()
-    if case.get("resident"):
-        run()
-        print(json.dumps({"resident": resident() - start}))
-        return
-    print(json.dumps({"peak": base + allocator_peak(run), "base": base}))
+    print(json.dumps({"peak": peak_of(json.loads(sys.argv[1]), sys.argv[2])}))
 
 
 if __name__ == "__main__":

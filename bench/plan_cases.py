@@ -10,13 +10,28 @@ from qresafe.planning.shapes import ModelShape, from_config
 from qresafe.specs import PatchSpec
 
 PROMPT = 48
+
+
+def shape(
+    hidden: int, inner: int, blocks: int, heads: int, keys: int, words: int
+) -> dict[str, int]:
+    """Return a Llama's config."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "vocab_size": words,
+    }
+
+
 SHAPES: dict[str, dict[str, Any]] = {
-    # the common shape; few wide blocks with grouped heads; many narrow ones; a large vocabulary
-    "even": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192},
-    "wide": {"hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 4096},
-    "deep": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 24, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 4096},
-    "words": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 48000},
-}  # fmt: skip
+    "even": shape(512, 1408, 6, 8, 8, 8192),
+    "wide": shape(1024, 3584, 2, 16, 4, 4096),  # and with grouped key heads
+    "deep": shape(256, 704, 24, 4, 4, 4096),
+    "words": shape(384, 1024, 4, 6, 6, 48000),
+}
 DPO = {"dpo": 1.0, "kl": 0.0, "beta": 0.1}
 KL = {"dpo": 0.0, "kl": 1.0, "kl_tokens": 64}
 
@@ -37,6 +52,17 @@ def patch_case(shape: str, answer: int = 64, rows: int = 4, **changes: Any) -> d
     }
 
 
+def generate_case(shape: str, dtype: str = "float32") -> dict[str, Any]:
+    """Return a case that answers one batch of prompts."""
+    return {"stage": "generate", "shape": shape, "dtype": dtype, "rows": 64, "answer": 128}
+
+
+def training_case(rounded: bool) -> dict[str, Any]:
+    """Return a case that takes two steps of LLM-QAT, or of its control."""
+    given = {"stage": "llm_qat", "shape": "even", "rows": 8, "answer": 64, "group_size": 64}
+    return given | {"rounded": rounded}
+
+
 CASES: dict[str, dict[str, Any]] = {
     "patch, DPO": patch_case("even"),
     "patch, DPO, bfloat16": patch_case("even", dtype="bfloat16"),
@@ -47,15 +73,17 @@ CASES: dict[str, dict[str, Any]] = {
     "patch, KL, large vocabulary": patch_case("words", answer=64, rows=6, objective=KL),
     "patch, rank 256": patch_case("even", rank=256),
     "patch, factors": patch_case("even", on="factors", through_grid=False),
-    "patch, factors, bfloat16": patch_case("deep", on="factors", through_grid=False, dtype="bfloat16"),
+    "patch, factors, bfloat16": patch_case(
+        "deep", on="factors", through_grid=False, dtype="bfloat16"
+    ),
     "patch, factors through the grid": patch_case("even", on="factors"),
     "patch, four micro-batches": patch_case("even", rows=8, micro_batch_size=2),
-    "generate": {"stage": "generate", "shape": "even", "dtype": "float32", "rows": 64, "answer": 128},
-    "generate, grouped heads": {"stage": "generate", "shape": "wide", "dtype": "float32", "rows": 64, "answer": 128},
-    "generate, bfloat16": {"stage": "generate", "shape": "deep", "dtype": "bfloat16", "rows": 64, "answer": 128},
-    "llm_qat": {"stage": "llm_qat", "shape": "even", "rows": 8, "answer": 64, "group_size": 64, "rounded": True},
-    "llm_qat, control": {"stage": "llm_qat", "shape": "even", "rows": 8, "answer": 64, "group_size": 64, "rounded": False},
-}  # fmt: skip
+    "generate": generate_case("even"),
+    "generate, grouped heads": generate_case("wide"),
+    "generate, bfloat16": generate_case("deep", "bfloat16"),
+    "llm_qat": training_case(rounded=True),
+    "llm_qat, control": training_case(rounded=False),
+}
 
 
 def predicted(case: dict[str, Any], device: str) -> Parts:

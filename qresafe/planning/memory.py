@@ -20,7 +20,8 @@ FORMED, ADAPTER, GRADIENTS = "rounded weights", "LoRA factors", "gradients"
 OPTIMIZER, ACTIVATIONS, LOGITS = "optimizer", "activations", "logits"
 CACHE, SCORES, BUFFERS = "KV cache", "SNIP scores", "buffers"
 PARTS = (
-    WEIGHTS, CODES, MASKS, FORMED, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, SCORES, BUFFERS,
+    WEIGHTS, CODES, MASKS, FORMED, ADAPTER, GRADIENTS,
+    OPTIMIZER, ACTIVATIONS, LOGITS, CACHE, SCORES, BUFFERS,
 )  # fmt: skip
 
 CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 26  # core/blocks.py
@@ -178,7 +179,7 @@ def _loss(shape: ModelShape, batch: Batch, scored: bool) -> float:
     """Return the logits, their float32 forms and the gradients that are there with them."""
     width = shape.bytes
     answers = batch.answers - (0 if scored else batch.kl)
-    entropy = width + 4 + 4 + (4 if width < 4 else 0)
+    entropy = width + 4 + 4 + 4  # logits, log-probabilities, and the gradients of both
     divergence = width + width + 4 + 4 + 4 + 4
     return float(shape.vocabulary * (answers * entropy + (0 if scored else batch.kl * divergence)))
 

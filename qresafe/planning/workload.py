@@ -81,7 +81,8 @@ def workload(spec: ExperimentSpec) -> Workload:
 def rows_of(prompts: PromptSetSpec) -> int:
     """Return how many prompts a set gives: its limit, else the known or the assumed number."""
     known = assumptions()
-    count = known.rows.get(prompts.benchmark, known.default_rows)
+    by_axis = f"{prompts.benchmark} {prompts.axis or 'harmful'}"
+    count = known.rows.get(by_axis) or known.rows.get(prompts.benchmark, known.default_rows)
     return min(count, prompts.limit) if prompts.limit else count
 
 
