@@ -54,8 +54,9 @@ def test_own_hardware(cli: Any, tmp_path) -> None:
     assert code == 0, err
     found = json.loads(out)
     assert found["cost_usd"] == pytest.approx(2 * 3 * found["hours"])
+    file = tmp_path / "broken.yaml"
     file.write_text("gpus: {}")
-    code, _, err = cli(*arguments)
+    code, _, err = cli("plan", PRESET, "--hardware", str(file))
     assert (code, "no usable hardware file" in err) == (2, True)
 
 

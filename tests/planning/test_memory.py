@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import plan_case
-from bench.plan_cases import DPO, generate_case, patch_case, predicted, shape
+from bench.plan_cases import generate_case, patch_case, predicted, shape
 from qresafe.planning import memory
 from qresafe.planning.memory import Batch, Patching, total
 from qresafe.planning.shapes import from_config
@@ -69,7 +69,6 @@ MEASURED = {
     "even, float32": ("even", patch_case("even", rows=2)),
     "wide, bfloat16": ("wide", patch_case("wide", rows=2, dtype="bfloat16")),
     "words, factors": ("words", patch_case("words", rows=2, on="factors", through_grid=False)),
-    "even, micro-batches": ("even", patch_case("even", rows=4, micro_batch_size=1, objective=DPO)),
     "wide, generate": ("wide", generate_case("wide")),
 }
 
