@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-schedule audit clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-schedule bench-plan audit clean
 
 install: $(STAMP)
 
@@ -53,6 +53,9 @@ bench-statistics: install
 
 bench-schedule: install
 	$(BIN)/python -m bench.schedule
+
+bench-plan: install
+	$(BIN)/python -m bench.plan --out docs/plan-measured.md
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu

@@ -244,6 +244,7 @@ class ResourcesSpec(Spec):
     cpus_per_worker: Positive = 1.0
     address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, else a local one
     wait_seconds: AtLeastOne = 300  # how long to wait for resources before giving up in words
+    check_memory: bool = True  # refuse at the start what `qresafe plan` says cannot fit
 
 
 class ExperimentSpec(Spec):

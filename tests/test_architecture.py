@@ -44,6 +44,7 @@ ROWS: list[set[str]] = [
     {"embedded", "hf"},
     {"quantizers", "benchmarks", "judges"},
     {"stages"},
+    {"planning"},
     {"dist"},
     {"cli", "commands", "console", "ray_jobs"},
 ]

@@ -30,6 +30,7 @@ class Scenario(StrEnum):
     int2 = "int2"
 
 
+WITH_PATCH = {"patch", "export", "compare", "report"}  # the whole path, all of which must fit
 PRESETS = {Scenario.finetune: "demo", Scenario.int2: "demo-int2"}
 
 
@@ -115,7 +116,7 @@ def _up_to(stage: str, summary: str) -> Callable[..., None]:
         as_json: AsJson = False,
     ) -> None:
         spec = experiment(config, overrides, workers=workers, storage=storage, name=name)
-        execute(spec, wanted(stage), as_json=as_json)
+        execute(spec, wanted(stage), as_json=as_json, room=stage in WITH_PATCH)
 
     command.__doc__ = summary
     return command

@@ -31,8 +31,12 @@ def reproduce(
         list[int] | None, typer.Option("--seed", min=0, help="May be given several times.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would run, and run nothing.")
+        bool, typer.Option("--dry-run", help="Print what would run and what it needs; run nothing.")
     ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="4xA100-80", help="What --dry-run plans for; default: what is here."),
+    ] = None,
     overrides: Overrides = None,
     workers: Workers = None,
     storage: Storage = None,
@@ -52,7 +56,7 @@ def reproduce(
     model, seeds = named(preset), seeds or [0]
     plans = {name: planned(paper_table(name), model, given) for name in asked}
     if dry_run:
-        _tell_plan(plans, seeds)
+        _tell_plan(plans, seeds, cluster)
         return
     found = _measure(plans, preset, seeds)
     _write(plans, found, preset, given, as_json=as_json)
@@ -151,10 +155,11 @@ def _when_and_where() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}, {machine['cpus']} CPU cores ({machine['machine']})"
 
 
-def _tell_plan(plans: dict[str, list[PlannedArm]], seeds: list[int]) -> None:
+def _tell_plan(plans: dict[str, list[PlannedArm]], seeds: list[int], cluster: str | None) -> None:
     from qresafe.console import table
     from qresafe.stages.reproduce.tables import paper_table
 
+    header = ["row", "quantizer", "patched", "GPU-hours", "GiB", "USD", "measured"]
     for name, arms in plans.items():
         typer.echo(f"\n{name}: {paper_table(name).title}; {len(seeds)} seed(s)")
         rows = [
@@ -162,8 +167,28 @@ def _tell_plan(plans: dict[str, list[PlannedArm]], seeds: list[int]) -> None:
                 arm.arm.title,
                 arm.spec.quantize.method if arm.spec else f"not here: {arm.absent}",
                 "yes" if arm.patched else "no",
+                *_needed(arm, len(seeds), cluster),
                 ", ".join(arm.cells),
             ]
             for arm in arms
         ]
-        table(["row", "quantizer", "patched", "measured"], rows, words=True)
+        table(header, rows, words=True)
+    typer.echo(
+        "\nGPU-hours and USD: of all seeds, as if a row shared no stage with another; "
+        "GiB: per GPU (or process), ! where there are fewer. See docs/plan.md."
+    )
+
+
+def _needed(arm: PlannedArm, seeds: int, cluster: str | None) -> list[str]:
+    """Return GPU-hours, GiB and cost of a row; empty cells where there is no experiment."""
+    from qresafe.dist.capacity import found_cluster
+    from qresafe.planning.hardware import parse_cluster
+    from qresafe.planning.rows import need
+
+    if arm.spec is None:
+        return ["", "", ""]
+    on = parse_cluster(cluster) if cluster else found_cluster(arm.spec.resources)
+    found = need(arm.spec, on, patched=arm.patched)
+    room = "" if found.fits else " !"
+    hours, cost = seeds * found.device_hours, seeds * found.cost
+    return [f"{hours:.2g}", f"{found.gib:.1f}{room}", f"{cost:.2g}"]

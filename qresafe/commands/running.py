@@ -65,15 +65,17 @@ def wanted(stage: str, arms: Sequence[str] | None = None) -> Want:
     return attrgetter(PROPERTIES[stage])
 
 
-def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
+def execute(spec: ExperimentSpec, want: Want, *, as_json: bool, room: bool = False) -> Any:
     """Compute what `want` asks of an experiment, tell of it on stdout, and return it.
 
     Args:
         spec: The resolved experiment.
         want: Asks for an artefact; what it needs is computed before, what is finished is reused.
         as_json: Print JSON instead of tables.
+        room: Refuse at once what `qresafe plan` says cannot fit.
     """
     from qresafe.console import progress_on
+    from qresafe.dist.capacity import require_room
     from qresafe.driving import driving
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
@@ -81,10 +83,14 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool) -> Any:
     with progress_on() as progress:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
+        if room:
+            require_room(spec, experiment.teacher.ref.path, connected=False)
         with (
             driving(experiment.run.root, progress) as experiment.progress,
             closing(started(spec, experiment.progress)) as experiment.runtime,
         ):
+            if room:
+                require_room(spec, experiment.teacher.ref.path, connected=True)
             result = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))

@@ -1,0 +1,122 @@
+"""The GPUs that an experiment would find, and whether it fits into them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qresafe.planning.fitting import require_fit
+from qresafe.planning.hardware import (
+    GIB,
+    Cluster,
+    Hardware,
+    cpu_cluster,
+    gpu_cluster,
+    hardware,
+    nearest_kind,
+)
+from qresafe.planning.plan import make_plan
+from qresafe.planning.shapes import shape_of
+from qresafe.specs import ExperimentSpec, ResourcesSpec
+
+USUAL = "A100-80"  # what is planned for where there is no GPU to look at
+
+
+def require_room(spec: ExperimentSpec, model: str, *, connected: bool) -> None:
+    """Refuse an experiment that cannot fit into the GPUs, or the memory, that there are.
+
+    Called before Ray starts, where this machine is what there is, and again after, for a cluster.
+    Where nothing is known of the devices, nothing is refused.
+
+    Args:
+        spec: The resolved experiment.
+        model: W's folder on this machine.
+        connected: Whether this process has joined the cluster.
+
+    Raises:
+        ResourceError: A stage needs more memory than there is; the remedy says what would fit.
+    """
+    resources = spec.resources
+    elsewhere = bool(resources.workers and (resources.address or os.environ.get("RAY_ADDRESS")))
+    if not resources.check_memory or elsewhere != connected:
+        return
+    cluster = ray_gpus(resources) if connected else _here(resources)
+    if cluster is None:
+        return
+    shape = shape_of(spec.model.model_copy(update={"path": model}))
+    require_fit(spec, make_plan(spec, shape, cluster))
+
+
+def found_cluster(resources: ResourcesSpec, known: Hardware | None = None) -> Cluster:
+    """Return this machine as a cluster: its GPUs if the experiment wants any, else its CPUs.
+
+    Without a GPU here, an experiment for GPUs is planned for as many A100-80.
+    """
+    known = known or hardware()
+    count = max(1, resources.workers)
+    text = f"{count}x{USUAL} (no GPU here)"
+    return _here(resources, known) or gpu_cluster(USUAL, count, known, text)
+
+
+def _here(resources: ResourcesSpec, known: Hardware | None = None) -> Cluster | None:
+    """Return what this machine gives an experiment; None: it wants GPUs, and there is none."""
+    count = max(1, resources.workers)
+    if not resources.gpus_per_worker:
+        return cpu_cluster(count, machine_memory(), resources.cpus_per_worker)
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    seen = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    smallest = min(seen, key=lambda each: each.total_memory)
+    known = known or hardware()
+    kind = nearest_kind(smallest.name, smallest.total_memory, known) or USUAL
+    memory = smallest.total_memory * min(1.0, resources.gpus_per_worker)
+    return gpu_cluster(kind, count, known, f"{count}x{smallest.name}", memory)
+
+
+def ray_gpus(resources: ResourcesSpec) -> Cluster | None:
+    """Return the joined cluster's GPUs; None: it has none of a kind that we know."""
+    import ray
+
+    prefix = "accelerator_type:"
+    names = {
+        key.removeprefix(prefix)
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+        for key in node["Resources"]
+        if key.startswith(prefix)
+    }
+    kinds = [kind for name in names if (kind := kind_of(name))]
+    if not resources.gpus_per_worker or not kinds or len(kinds) < len(names):
+        return None
+    known = hardware()
+    kind = min(kinds, key=lambda each: known.gpus[each].memory_gib)
+    memory = known.gpus[kind].memory_gib * GIB * min(1.0, resources.gpus_per_worker)
+    count = resources.workers
+    return gpu_cluster(kind, count, known, f"{count}x{kind} of the Ray cluster", memory)
+
+
+def kind_of(accelerator: str) -> str | None:
+    """Return our kind for Ray's name of an accelerator, such as "A100-40G", "A100" or "L4".
+
+    A name that leaves the memory open stands for the largest: better to try than to refuse.
+    """
+    family, _, size = accelerator.upper().partition("-")
+    known = hardware().gpus
+    close = [kind for kind in known if kind.split("-")[0].upper() == family]
+    exact = [kind for kind in close if size and kind.split("-")[1] == size.rstrip("GB")]
+    return max(exact or close, key=lambda kind: known[kind].memory_gib, default=None)
+
+
+def machine_memory() -> float:
+    """Return the memory of this machine or, where that is less, its container's limit, bytes."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return float(min(total, int(Path(limit).read_text())))
+        except (OSError, ValueError):  # no such cgroup, or "max"
+            continue
+    return float(total)

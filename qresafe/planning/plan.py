@@ -1,0 +1,351 @@
+"""An experiment's stages on a cluster: memory per device by part, time and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qresafe.planning import memory
+from qresafe.planning.hardware import GIB, Cluster
+from qresafe.planning.memory import WEIGHTS, Batch, Parts, Patching
+from qresafe.planning.shapes import ModelShape
+from qresafe.planning.workload import Assumptions, Workload, assumptions, steps_of, workload
+from qresafe.quantize_specs import Critical16Spec, LlmQatSpec
+from qresafe.specs import ExperimentSpec, PatchSpec
+
+SECONDS = 3600.0
+HOST_COPIES = 2  # a checkpoint's decoded weights and the model that takes them up
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        name: The stage, with the arm.
+        parts: Peak memory of one device, bytes.
+        host: Peak host memory of one process, bytes, where it is large.
+        devices: How many it uses at a time.
+        seconds: By the clock.
+        measured: Whether docs/plan.md holds this memory model against measurements.
+        available: Bytes of one device.
+    """
+
+    name: str
+    parts: Parts
+    devices: int
+    seconds: float
+    measured: bool
+    available: float
+    host: float = 0.0
+    host_available: float = 0.0
+
+    @property
+    def bytes(self) -> float:
+        return memory.total(self.parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.available and (
+            not self.host_available or self.host <= self.host_available
+        )
+
+    @property
+    def device_hours(self) -> float:
+        return self.devices * self.seconds / SECONDS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of an experiment on a cluster."""
+
+    shape: ModelShape
+    cluster: Cluster
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def misfits(self) -> tuple[StagePlan, ...]:
+        """The stages that need more than there is."""
+        return tuple(stage for stage in self.stages if not stage.fits)
+
+    @property
+    def peak(self) -> StagePlan:
+        """The stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.bytes)
+
+    @property
+    def device_hours(self) -> float:
+        return sum(stage.device_hours for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def cost(self) -> float:
+        """USD, all devices being paid for from beginning to end."""
+        return self.cluster.count * self.cluster.price * self.seconds / SECONDS
+
+    def as_data(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "model": self.shape.name,
+            "parameters": self.shape.parameters,
+            "cluster": self.cluster.text,
+            "fits": not self.misfits,
+            "hours": self.seconds / SECONDS,
+            "device_hours": self.device_hours,
+            "cost_usd": self.cost,
+            "stages": [_stage_data(stage) for stage in self.stages],
+        }
+
+
+def make_plan(
+    spec: ExperimentSpec, shape: ModelShape, cluster: Cluster, *, patched: bool = True
+) -> Plan:
+    """Return the plan of an experiment; a pure function, nothing is loaded.
+
+    Args:
+        spec: The resolved experiment.
+        shape: Of its model.
+        cluster: What it is to run on.
+        patched: Whether it goes on to the patch, or only measures W and Q0.
+    """
+    return Plan(shape, cluster, tuple(_Planner(spec, shape, cluster, patched).stages()))
+
+
+class _Planner:
+    def __init__(
+        self, spec: ExperimentSpec, shape: ModelShape, cluster: Cluster, patched: bool
+    ) -> None:
+        self.spec, self.shape, self.cluster, self.patched = spec, shape, cluster, patched
+        self.rows: Workload = workload(spec)
+        self.known: Assumptions = assumptions()
+        self.workers = cluster.count
+        self.low_bits = shape.bytes * shape.parameters  # as transformers decodes it
+        if spec.quantize.method == "bnb":
+            bits = 1.0 if spec.quantize.format == "int8" else 0.5 + 4 / 64
+            self.low_bits = int(bits * shape.quantized + shape.bytes * shape.other)
+
+    def stages(self) -> Iterator[StagePlan]:
+        """Yield the stages in the order in which they run."""
+        yield from self._quantize()
+        if self.patched:
+            yield from self._patching()
+        arms = self.rows.arms - (0 if self.patched else 1 + self.spec.evaluate.adapter)
+        spec = self.spec.evaluate.generate
+        rows = self.rows.evaluation * spec.samples * arms
+        name = f"generate {arms} arms, evaluation"
+        yield self._generate(name, rows, spec.max_new_tokens, None, spec.batch_size)
+        if attack := self.spec.evaluate.attack:
+            tried = "W, Q0, Q" if self.patched else "W, Q0"
+            rows = self.rows.harmful * self.rows.attacks * (3 if self.patched else 2)
+            size = attack.batch_size
+            yield self._generate(f"attack {tried}", rows, attack.max_new_tokens, None, size, 2)
+
+    def _patching(self) -> Iterator[StagePlan]:
+        calibration, tokens = self.rows.calibration, self.spec.pairs.max_new_tokens
+        for label, weights in (("W", None), ("Q0", self.low_bits)):
+            yield self._generate(f"generate {label}, calibration", calibration, tokens, weights)
+        if self.spec.pairs.teacher_tokens:
+            yield self._distributions()
+        if self._compares():
+            yield self._reference()
+        yield self._patch()
+
+    def _stage(self, name: str, parts: Parts, seconds: float, **more: Any) -> StagePlan:
+        given = {"devices": self.workers, "measured": True} | more
+        return StagePlan(
+            name=name,
+            parts={part: size for part, size in parts.items() if size},
+            seconds=seconds + self.shape.bytes * self.shape.parameters / self.known.load_gbs / 1e9,
+            available=self.cluster.memory,
+            host_available=self.cluster.host if self.cluster.device == "gpu" else 0.0,
+            **given,
+        )
+
+    def _quantize(self) -> Iterator[StagePlan]:
+        spec = self.spec.quantize
+        method = spec.base if isinstance(spec, Critical16Spec) else spec
+        if method.method == "checkpoint":
+            return
+        parts, tokens = self._quantizing(method)
+        flops = 6 * self.shape.parameters * tokens
+        copies = 2 if self.spec.control and method.method in {"llm_qat", "qlora"} else 1
+        yield self._stage(
+            f"quantize ({spec.method})",
+            parts,
+            copies * self._compute(flops, self.known.train_utilisation, 1),
+            devices=1,
+            measured=method.method == "llm_qat",
+            host=float(self.shape.bytes * self.shape.parameters),
+        )
+
+    def _quantizing(self, method: Any) -> tuple[Parts, float]:
+        """Return the memory of a quantizer and the tokens that it trains or calibrates on."""
+        shape, answer = self.shape, self.known.prompt_tokens
+        if isinstance(method, LlmQatSpec):
+            columns = 2 * answer
+            batch = Batch(method.batch_size, columns, method.batch_size * answer)
+            chats = method.calibration.benign + method.calibration.harmful
+            steps = method.steps
+            if method.epochs is not None:
+                steps = max(1, round(method.epochs * math.ceil(chats / method.batch_size)))
+            distils = method.loss == "self_distill"
+            parts = memory.full_training(
+                shape, batch, rounded=True, teacher=distils, device=self.cluster.device
+            )
+            return parts, float(steps * batch.tokens)
+        if method.method in {"gptq", "awq"}:
+            tokens = float(method.sequences * method.max_length)
+            activations = shape.bytes * tokens * shape.hidden
+            return {
+                WEIGHTS: shape.bytes * shape.parameters,
+                memory.ACTIVATIONS: activations,
+            }, tokens
+        if method.method in {"qlora", "aqlm"}:
+            return {WEIGHTS: 4.0 * shape.parameters, memory.FORMED: 4.0 * shape.largest}, 1e5
+        return {WEIGHTS: 4.0 * shape.largest}, 0.0  # one layer at a time
+
+    def _generate(
+        self,
+        name: str,
+        rows: int,
+        new: int,
+        weights: float | None,
+        size: int | None = None,
+        caches: int = 1,
+    ) -> StagePlan:
+        size = size or self.spec.evaluate.generate.batch_size
+        each = min(size, math.ceil(rows / self.workers)) or 1
+        batch = Batch(each, self.known.prompt_tokens + new, new)
+        parts = memory.generate(self.shape, batch, weights, caches)
+        batches = math.ceil(rows / each / self.workers)
+        read = (parts[WEIGHTS] + parts[memory.CACHE]) / (
+            self.cluster.bandwidth * self.known.decode_bandwidth
+        )
+        prompts = 2 * self.shape.parameters * rows * self.known.prompt_tokens
+        decoding = 2 * self.shape.parameters * rows * new
+        share = self.known.score_utilisation
+        first = self._compute(prompts, share, self.workers)
+        seconds = first + max(batches * new * read, self._compute(decoding, share, self.workers))
+        return self._stage(name, parts, seconds)
+
+    def _distributions(self) -> StagePlan:
+        pairs = self.spec.pairs
+        columns = self.known.prompt_tokens + pairs.teacher_tokens
+        answers = pairs.batch_size * pairs.teacher_tokens
+        batch = Batch(pairs.batch_size, columns, answers)
+        parts = memory.score(self.shape, batch, cached=True, log_probs=1)
+        flops = 2 * self.shape.parameters * self.rows.pool * columns
+        seconds = self._compute(flops, self.known.score_utilisation, self.workers)
+        return self._stage("pairs (W's distributions)", parts, seconds, measured=False)
+
+    def _compares(self) -> bool:
+        spec = self.spec.patch
+        scores = spec.mask.score == "snip" and spec.mask.loss == "dpo"
+        return spec.method != "sft" and (spec.objective.dpo > 0 or scores)
+
+    def _reference(self) -> StagePlan:
+        pairs = self.spec.pairs
+        columns = self.known.prompt_tokens + pairs.max_new_tokens
+        sequences = 2 * pairs.batch_size
+        batch = Batch(sequences, columns, sequences * pairs.max_new_tokens)
+        parts = memory.score(self.shape, batch, cached=False, log_probs=2)
+        flops = 2 * self.shape.parameters * 2 * self.rows.preferences * columns
+        seconds = self._compute(flops, self.known.score_utilisation, self.workers)
+        return self._stage("reference", parts, seconds, measured=False, host=self._host())
+
+    def _patch(self) -> StagePlan:
+        spec, shape = self.spec.patch, self.shape
+        on_ray = self.spec.resources.workers > 0
+        how = patching(
+            spec, self.workers, self._group_size(), self.cluster.device, distributed=on_ray
+        )
+        answer, sequences, kl = self._row()
+        columns = self.known.prompt_tokens + answer
+        micro = self._micro()
+        batch = Batch(micro * sequences, columns, micro * sequences * answer, micro * kl)
+        longest = self.spec.pairs.max_new_tokens
+        scored = 2 if spec.mask.loss == "dpo" else 1
+        scoring = Batch(
+            micro * scored, self.known.prompt_tokens + longest, micro * scored * longest
+        )
+        parts = memory.patch(shape, how, batch, scoring)
+        steps = steps_of(spec, self.rows.pool)
+        flops = steps * spec.batch_size * sequences * columns * self._flops_per_token()
+        forming = 6.0 * spec.rank * shape.quantized if how.forms else 0.0
+        micros = math.ceil(spec.batch_size / self.workers / micro)
+        flops += steps * micros * self.workers * forming
+        renewals = 1 + (steps // spec.mask.remask_every if spec.mask.remask_every else 0)
+        if how.snip:
+            samples = min(spec.mask.samples, max(1, self.rows.pool))
+            flops += renewals * samples * scoring.columns * self._flops_per_token()
+        seconds = self._compute(flops, self.known.train_utilisation, self.workers)
+        return self._stage("patch", parts, seconds, host=self._host())
+
+    def _row(self) -> tuple[int, int, int]:
+        """Return a training row's answer tokens, its sequences, and positions with a teacher."""
+        spec, longest = self.spec.patch.objective, self.spec.pairs.max_new_tokens
+        if self.spec.patch.method == "sft":
+            return longest, 1, 0
+        kl = min(spec.kl_tokens, self.spec.pairs.teacher_tokens, longest) if spec.kl else 0
+        only_kl = bool(spec.kl) and not (spec.dpo or spec.nll or spec.anchor)
+        return (kl if only_kl else longest), 2 if spec.dpo else 1, kl
+
+    def _micro(self) -> int:
+        """Return the rows of a micro-batch, as `patch_data.share` cuts them."""
+        most = math.ceil(self.spec.patch.batch_size / self.workers)
+        return math.ceil(most / math.ceil(most / self.spec.patch.micro_batch_size))
+
+    def _flops_per_token(self) -> float:
+        """Forward 2, input gradients 2, weight gradients 2 (of formed weights), per weight."""
+        spec = self.spec.patch
+        formed = spec.mask.on == "weight" or spec.through_grid
+        return (4.0 + 2.0 * formed) * self.shape.parameters
+
+    def _group_size(self) -> int:
+        size = getattr(self.spec.quantize, "group_size", 64)
+        return size if size > 0 else self.shape.hidden
+
+    def _host(self) -> float:
+        return float(HOST_COPIES * self.shape.bytes * self.shape.parameters + self.shape.quantized)
+
+    def _compute(self, flops: float, utilisation: float, devices: int) -> float:
+        return flops / (devices * self.cluster.tflops * 1e12 * utilisation)
+
+
+def patching(
+    spec: PatchSpec, workers: int, group_size: int, device: Any, *, distributed: bool = True
+) -> Patching:
+    """Return the settings of a patch that its memory depends on."""
+    plain = spec.method != "masked_lora"  # a LoRA adapter beside frozen weights
+    return Patching(
+        rank=spec.rank,
+        on="factors" if plain else spec.mask.on,
+        through_grid=spec.through_grid and not plain,
+        group_size=group_size,
+        accumulates=spec.batch_size > spec.micro_batch_size * workers,
+        remasks=spec.mask.remask_every > 0,
+        snip=spec.mask.score == "snip" and not plain,
+        zero_stage=spec.zero_stage if distributed else 0,
+        world_size=workers,
+        device=device,
+    )
+
+
+def _stage_data(stage: StagePlan) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "fits": stage.fits,
+        "gib": stage.bytes / GIB,
+        "available_gib": stage.available / GIB,
+        "parts_gib": {part: size / GIB for part, size in stage.parts.items()},
+        "host_gib": stage.host / GIB,
+        "devices": stage.devices,
+        "seconds": stage.seconds,
+        "device_hours": stage.device_hours,
+        "measured": stage.measured,
+    }

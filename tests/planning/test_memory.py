@@ -1,0 +1,81 @@
+"""The memory model: by hand where that is possible, and against what real stages take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench import plan_case
+from bench.plan_cases import generate_case, patch_case, predicted, shape
+from qresafe.planning import memory
+from qresafe.planning.memory import Batch, Patching, total
+from qresafe.planning.shapes import from_config
+
+TINY = shape(64, 160, 3, 4, 4, 96)
+MODEL = from_config(TINY | {"dtype": "bfloat16"}, "tiny")
+HOW = Patching(rank=8, group_size=64, device="cpu")
+BATCH = Batch(4, 32, 60)
+
+
+def test_what_lies_there_all_the_time() -> None:
+    parts = memory.patch(MODEL, HOW, BATCH, BATCH)
+    quantized = 3 * (4 * 64 * 64 + 3 * 160 * 64)
+    assert parts["weights"] == 2 * (quantized + 2 * 96 * 64 + 7 * 64)
+    assert parts["codes and scales"] == quantized + (2 + 1) * quantized / 64
+    assert parts["masks"] == quantized  # a byte for each
+    assert parts["rounded weights"] == 2 * quantized  # autograd keeps each layer's
+    factors = 3 * 8 * (4 * 128 + 3 * 224)
+    assert parts["LoRA factors"] == 4 * factors
+    assert parts["optimizer"] == 8 * factors
+
+
+def test_zero_stages_divide_what_they_say() -> None:
+    factors = 4 * MODEL.factors(8)
+    shared = {"world_size": 4, "accumulates": True, "snip": False}
+    plans = [
+        memory.patch(MODEL, replace(HOW, zero_stage=stage, **shared), BATCH, BATCH)
+        for stage in (0, 1, 2, 3)
+    ]
+    assert [p["optimizer"] / factors for p in plans] == [2, 0.5, 0.5, 0.5]
+    assert [p["gradients"] / factors for p in plans] == [1, 1, 0.25, 0.25]
+    # the factors themselves, and DeepSpeed's own copy of a quarter
+    assert [p["LoRA factors"] / factors for p in plans] == [1, 1.25, 1.25, 0.5]
+    whole, block = 2 * MODEL.parameters, 2 * MODEL.quantized / MODEL.blocks
+    assert [p["weights"] for p in plans] == [whole, whole, whole, whole / 4 + block]
+
+
+def test_a_cache_is_two_vectors_per_head_token_and_block() -> None:
+    parts = memory.generate(MODEL, Batch(5, 20, 12))
+    assert parts["KV cache"] == 2 * 64 * 2 * 5 * 20 * (3 + 1)  # and one layer while it is copied
+
+
+def test_a_larger_batch_takes_more_and_checkpointing_less() -> None:
+    small, large = (
+        total(memory.patch(MODEL, HOW, batch, BATCH)) for batch in (BATCH, Batch(64, 32, 960))
+    )
+    assert large > small
+    again = replace(HOW, checkpointing=True)
+    assert total(memory.patch(MODEL, again, Batch(64, 32, 960), BATCH)) < large
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "even": shape(256, 704, 3, 4, 4, 2048),
+    "wide": shape(512, 1792, 1, 8, 2, 1024),  # grouped key heads
+    "words": shape(128, 352, 3, 2, 2, 16000),
+}
+MEASURED = {
+    "even, float32": ("even", patch_case("even", rows=2)),
+    "wide, bfloat16": ("wide", patch_case("wide", rows=2, dtype="bfloat16")),
+    "words, factors": ("words", patch_case("words", rows=2, on="factors", through_grid=False)),
+    "wide, generate": ("wide", generate_case("wide")),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_prediction_is_within_15_percent_of_the_real_stage(name: str, monkeypatch) -> None:
+    size, case = MEASURED[name]
+    monkeypatch.setattr("bench.plan_cases.SHAPES", SMALL)
+    peak = plan_case.peak_of(case | {"shape": SMALL[size]}, "cpu")
+    assert total(predicted(case, "cpu")) == pytest.approx(peak, rel=0.15)

@@ -1,0 +1,140 @@
+"""Clusters, plans and what would fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qresafe.dist import capacity
+from qresafe.embedded.corpus import evaluation_prompts
+from qresafe.errors import ResourceError, SpecError
+from qresafe.planning.fitting import require_fit, what_would_fit
+from qresafe.planning.hardware import GIB, hardware, nearest_kind, parse_cluster
+from qresafe.planning.plan import Plan, make_plan
+from qresafe.planning.rows import need
+from qresafe.planning.shapes import shape_of
+from qresafe.planning.workload import workload
+from qresafe.presets import load_experiment
+from qresafe.specs import ExperimentSpec
+
+PRESET = "llama2-7b-chat-int4-4xa100"
+
+
+def planned(cluster: str, *overrides: str) -> tuple[ExperimentSpec, Plan]:
+    spec = load_experiment(PRESET, overrides)
+    return spec, make_plan(spec, shape_of(spec.model), parse_cluster(cluster))
+
+
+def test_a_cluster_is_nodes_times_gpus_of_a_kind() -> None:
+    one, many = parse_cluster("4xA100-40"), parse_cluster("2x8xh100-80")
+    assert (one.count, many.count) == (4, 16)
+    assert one.memory == (39.4 - 1.5) * GIB
+    assert many.price == hardware().gpus["H100-80"].price_per_hour
+
+
+@pytest.mark.parametrize("text", ["A100-40", "0xA100-40", "4x", "0x8xH100-80", "4 x A100-40", ""])
+def test_a_cluster_that_is_written_otherwise_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="4xA100-40"):
+        parse_cluster(text)
+
+
+def test_an_unknown_gpu_names_its_neighbours() -> None:
+    with pytest.raises(SpecError, match="A100-80"):
+        parse_cluster("4xA100-81")
+
+
+def test_names_of_devices() -> None:
+    assert nearest_kind("NVIDIA A100-SXM4-40GB", 39.4 * GIB) == "A100-40"
+    assert nearest_kind("NVIDIA H100 80GB HBM3", 79.1 * GIB) == "H100-80"
+    assert nearest_kind("NVIDIA GeForce RTX 4090", 23.6 * GIB) == "RTX4090-24"
+    assert nearest_kind("NVIDIA Mystery", 10 * GIB) is None
+    assert capacity.kind_of("A100-40G") == "A100-40"
+    assert capacity.kind_of("A100") == "A100-80"  # which one is not said: rather try
+    assert capacity.kind_of("V1000") is None
+
+
+def test_the_7b_preset_fits_its_cluster_and_not_the_smaller_one() -> None:
+    _, large = planned("4xA100-80")
+    assert large.misfits == ()
+    spec, small = planned("4xA100-40")
+    assert [stage.name for stage in small.misfits] == ["patch"]
+    with pytest.raises(ResourceError, match=r"patch needs .* would fit: --set") as refused:
+        require_fit(spec, small)
+    settings = re.findall(r"--set (\S+)", str(refused.value))
+    _, mended = planned("4xA100-40", *(text.rstrip(",.") for text in settings))
+    assert mended.misfits == ()  # the advice is true
+
+
+def test_advice_names_a_cluster_where_settings_do_not_do() -> None:
+    spec, plan = planned("1xL4-24")
+    advice = what_would_fit(spec, plan.shape, plan.cluster)
+    found = re.search(r"--cluster (\S+?)[,. ]*$", advice)
+    assert found is not None, advice
+    assert planned(found[1])[1].misfits == ()
+
+
+def test_a_70b_is_refused_where_nothing_helps() -> None:
+    spec, plan = planned("8xA100-40", "model.path=meta-llama/Llama-2-70b-chat-hf")
+    assert plan.misfits
+    with pytest.raises(ResourceError, match="no change that we know"):
+        require_fit(spec, plan)
+
+
+def test_time_and_cost_are_arithmetic() -> None:
+    spec, plan = planned("4xA100-80")
+    patch = next(stage for stage in plan.stages if stage.name == "patch")
+    # 300 preferences in 10 steps of 32 rows, two answers each of 128 + 256 tokens; 6 operations
+    # per weight and token, and the product of the factors (rank 128) in 4 micro-batches per GPU;
+    # SNIP reads 256 rows once.
+    weights, quantized = plan.shape.parameters, plan.shape.quantized
+    trained = 10 * 32 * 2 * 384 * 6 * weights + 10 * 4 * 4 * 6 * 128 * quantized
+    scored = 256 * 384 * 6 * weights
+    seconds = (trained + scored) / (4 * 312e12 * 0.35) + 2 * weights / 1e9
+    assert patch.seconds == pytest.approx(seconds)
+    assert patch.device_hours == pytest.approx(4 * seconds / 3600)
+    whole = sum(stage.seconds for stage in plan.stages)
+    assert plan.cost == pytest.approx(4 * 5.1 * whole / 3600)
+    assert spec.patch.batch_size == 32
+
+
+def test_more_gpus_take_less_time_and_no_more_memory() -> None:
+    _, four = planned("4xA100-80")
+    _, eight = planned("8xA100-80")
+    assert eight.seconds < four.seconds
+    assert eight.peak.bytes <= four.peak.bytes
+
+
+def test_rows_that_are_not_patched_need_less() -> None:
+    spec = load_experiment(PRESET)
+    whole = need(spec, parse_cluster("4xA100-80"))
+    part = need(spec, parse_cluster("4xA100-80"), patched=False)
+    assert whole.stage == "patch"
+    assert part.device_hours < whole.device_hours
+    assert part.gib < whole.gib
+    assert whole.fits
+    assert not need(spec, parse_cluster("4xA100-40")).fits
+
+
+def test_rows_of_the_demo_are_those_that_it_has() -> None:
+    spec = ExperimentSpec()
+    rows = workload(spec)
+    held = [evaluation_prompts(prompts.axis, "test") for prompts in spec.evaluate.prompts]
+    assert rows.evaluation == sum(table.num_rows for table in held)
+    assert rows.harmful == held[0].num_rows
+    assert rows.arms == 5
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(monkeypatch) -> None:
+    from qresafe.embedded.build import embedded_model_path
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    spec, model = load_experiment("demo"), str(embedded_model_path())
+    capacity.require_room(spec, model, connected=False)
+    monkeypatch.setattr(capacity, "machine_memory", lambda: 0.6 * GIB)
+    with pytest.raises(ResourceError, match=r"GiB per device.*would fit"):
+        capacity.require_room(spec, model, connected=False)
+    unchecked = load_experiment("demo", ["resources.check_memory=false"])
+    capacity.require_room(unchecked, model, connected=False)
+    elsewhere = load_experiment("demo", ["resources.address=auto"])
+    capacity.require_room(elsewhere, model, connected=False)  # asked once it is joined
