@@ -23,6 +23,7 @@ LEAVES = {"errors", "registry", "records", "specs", "loading", "artifacts", "pro
 LEAVES |= {
     "leftovers",
     "driver_lock",
+    "integrity",
     "storage",
     "jsonl",
     "qresafe",
