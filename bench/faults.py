@@ -5,13 +5,15 @@
 
 One fault hits one run of one command on a Ray head of our own with two CPUs. The command is run
 again until it ends well, as a user or a job scheduler would, the head is started again if it was
-lost, and the result is compared with that of a run without faults. Results are kept as they come,
-and a page is written from all of them.
+lost, and the result is compared with that of a run without faults. Results are kept as they come:
+the same command goes on where an earlier one was ended (`rm .bench/faults.jsonl` begins anew), and
+writes a page from all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.fault_head import Head, end, family
 from bench.fault_kinds import Fault, Kind, kinds_for
@@ -187,25 +190,35 @@ def main() -> None:
 
     last = time.monotonic() + 60 * args.minutes
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
+    tried = read(args.results)
     with (
         tempfile.TemporaryDirectory(prefix="qf", dir="/tmp") as folder,
         closing(Bench(Path(folder))) as bench,
-        open(args.results, "w") as kept,
+        open(args.results, "a") as kept,
     ):
-        for workload, kind, draw in plan(args.seed):
-            if len(results) >= args.faults or time.monotonic() > last:
+        for workload, kind, draw in itertools.islice(plan(args.seed), len(tried), None):
+            if sum(r is not None for r in tried) >= args.faults or time.monotonic() > last:
                 break
             found = bench.hit(workload, kind, draw)
-            if found is None:
-                print(f"{workload.name}: {kind}: came too late", flush=True)
-                continue
-            results.append(found)
-            kept.write(json.dumps(asdict(found)) + "\n")
+            tried.append(found)
+            line = json.dumps(found and asdict(found))  # null: it came too late
+            kept.write(line + "\n")
             kept.flush()
-            print(json.dumps(asdict(found)), flush=True)
+            print(f"{workload.name}: {kind}: {line}", flush=True)
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    args.page.write_text(page(results, args.seed))
+    args.page.write_text(page([result for result in tried if result], args.seed))
+
+
+def read(path: Path) -> list[Result | None]:
+    """Return what earlier commands found, in the order of the plan."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [_result(json.loads(line)) for line in lines]
+
+
+def _result(fields: dict[str, Any] | None) -> Result | None:
+    if fields is None:
+        return None
+    return Result(**(fields | {"difference": Difference(**fields["difference"])}))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from qresafe.errors import CorruptArtifactError, ResourceError
 from qresafe.integrity import damage, tell
 from qresafe.integrity import hash_file as hash_file
 from qresafe.leftovers import MARK, aside, sweep
+from qresafe.patience import not_answering, passes, patiently
 from qresafe.progress import Progress
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
@@ -206,13 +207,13 @@ def finished_manifest(folder: UPath) -> tuple[Manifest | None, str]:
     Nothing is wrong with what is not there: an unfinished stage gives (None, "").
     """
     try:
-        mark = (folder / "DONE").read_text()
+        mark = read_text(folder / "DONE")
     except FileNotFoundError:
         return None, ""
     except UnicodeDecodeError:
         mark = ""
     try:
-        text = (folder / "manifest.json").read_text()
+        text = read_text(folder / "manifest.json")
         manifest = Manifest.model_validate_json(text)
     except (ValueError, FileNotFoundError):
         return None, f"unreadable manifest in {folder}"
@@ -248,7 +249,7 @@ def write_text(path: UPath | Path, text: str) -> None:
 def write_bytes(path: UPath | Path, data: bytes) -> None:
     """Write `data` so that a reader sees all of it or nothing (object stores do so by nature)."""
     if not is_local(path):
-        path.write_bytes(data)
+        patiently(lambda: path.write_bytes(data), path)
         return
     temporary = aside(path)
     with open(temporary, "wb") as file:
@@ -256,6 +257,20 @@ def write_bytes(path: UPath | Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, str(path))
+
+
+def read_bytes(path: UPath) -> bytes:
+    """Read a file; an object store that fails for a moment is asked again."""
+    return path.read_bytes() if is_local(path) else bytes(patiently(path.read_bytes, path))
+
+
+def read_text(path: UPath) -> str:
+    """Read a file of text likewise.
+
+    Raises:
+        UnicodeDecodeError: It is no text, which a file of ours always is: it is damaged.
+    """
+    return read_bytes(path).decode()
 
 
 def is_local(path: UPath | Path) -> bool:
@@ -288,16 +303,22 @@ def folder_sizes(folder: UPath) -> dict[str, int]:
 
 @contextmanager
 def disk_errors(where: str) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence; what was finished stays."""
+    """Turn a full, read-only or failing disk into one sentence; what was finished stays."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             remedy = "free some space and run again: finished parts are kept"
             raise ResourceError("the disk is full", where=where, remedy=remedy) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             remedy = "give a storage that you may write to"
             raise ResourceError("cannot write", where=where, remedy=remedy) from error
+        if passes(error):
+            raise not_answering(error, where) from error
+        raise
+    except Exception as error:
+        if passes(error):  # of a client of an object store, which has errors of its own
+            raise not_answering(error, where) from error
         raise
 
 

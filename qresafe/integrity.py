@@ -17,6 +17,8 @@ from typing import Any
 
 from upath import UPath
 
+from qresafe.patience import patiently
+
 SEAL_KEY = "qresafe.seal"
 _MARK = b"sha256-of-the-rest:"
 BLANK = _MARK + b"0" * 64  # stands where the hash goes while it is computed
@@ -115,6 +117,10 @@ def _times(path: UPath) -> tuple[int, int, int]:
 
 def hash_file(path: UPath | Path) -> str:
     """Return the sha256 of a file's bytes, read in pieces."""
+    return patiently(lambda: _hash_file(path), path)
+
+
+def _hash_file(path: UPath | Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):

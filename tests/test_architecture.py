@@ -24,6 +24,7 @@ LEAVES |= {
     "leftovers",
     "driver_lock",
     "integrity",
+    "patience",
     "storage",
     "jsonl",
     "qresafe",

@@ -11,7 +11,7 @@ from safetensors import torch as safetensors
 from torch import Tensor
 from upath import UPath
 
-from qresafe.artifacts import write_bytes, write_text
+from qresafe.artifacts import read_bytes, read_text, write_bytes, write_text
 from qresafe.integrity import open_json, sealed_json, tell
 
 FOLDER = "work/checkpoints"  # `work/` is not part of the finished artefact
@@ -68,14 +68,14 @@ def adopt(folder: UPath, other: UPath) -> None:
 def _read(place: UPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return a checkpoint; None if it was cut off, or is damaged, which is told."""
     try:
-        text = (place / "meta.json").read_text()
+        text = read_text(place / "meta.json")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError:
         text = ""
     try:
         meta = open_json(text)
-        data = (place / "state.safetensors").read_bytes()
+        data = read_bytes(place / "state.safetensors")
     except (FileNotFoundError, ValueError):
         return _damaged(place)
     if hashlib.sha256(data).hexdigest() != meta.get("sha256"):

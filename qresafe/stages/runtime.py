@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from qresafe.artifacts import write_bytes
+from qresafe.artifacts import read_bytes, write_bytes
 from qresafe.errors import CorruptArtifactError
 from qresafe.integrity import BLANK, SEAL_KEY, is_sealed, seal_holds, sealed, tell
 from qresafe.progress import Progress
@@ -219,7 +219,7 @@ def read_table(path: UPath) -> pa.Table:
     Raises:
         CorruptArtifactError: It was sealed by `write_table`, and is not as it was written.
     """
-    data = path.read_bytes()
+    data = read_bytes(path)
     if is_sealed(data) and not seal_holds(data):
         remedy = "run the stage that made it again"
         raise CorruptArtifactError("changed file", where=str(path), remedy=remedy)
@@ -231,7 +231,7 @@ def read_table(path: UPath) -> pa.Table:
 def is_whole(path: UPath) -> bool:
     """Return whether a part is there as it was written; damage is told of."""
     try:
-        whole = seal_holds(path.read_bytes())
+        whole = seal_holds(read_bytes(path))
     except FileNotFoundError:
         return False
     if not whole:

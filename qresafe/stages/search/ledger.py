@@ -10,7 +10,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 from upath import UPath
 
-from qresafe.artifacts import write_text
+from qresafe.artifacts import read_text, write_text
 from qresafe.integrity import open_json, sealed_json, tell
 from qresafe.stages.runtime import write_table
 
@@ -88,7 +88,7 @@ class Ledger:
 
 def _read(path: UPath) -> Row | None:
     try:
-        return Row.model_validate(open_json(path.read_text()))
+        return Row.model_validate(open_json(read_text(path)))
     except ValueError:  # also of pydantic, and of text that is no text
         tell(f"damaged file {path}: its trial is run again")
         return None
