@@ -16,7 +16,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -252,11 +252,16 @@ def write_bytes(path: UPath | Path, data: bytes) -> None:
         patiently(lambda: path.write_bytes(data), path)
         return
     temporary = aside(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, str(path))
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, str(path))
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)  # half a file would take the room that is short
+        raise
 
 
 def read_bytes(path: UPath) -> bytes:
