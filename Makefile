@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-faults clean
 
 install: $(STAMP)
 
@@ -53,6 +53,9 @@ bench-statistics: install
 
 bench-gpu: install
 	$(BIN)/python -m bench.gpu
+
+bench-faults: install
+	$(BIN)/python -m bench.faults
 
 bench-judges: install
 	$(BIN)/python -m bench.judges
