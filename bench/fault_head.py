@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-START_SECONDS = 300
+START_SECONDS, STARTS = 300, 10
 RAY = str(Path(sys.executable).with_name("ray"))
 PORTS = ["port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port",
          "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"]  # fmt: skip
@@ -46,25 +46,38 @@ class Head:
         }
 
     def start(self) -> None:
-        """Start it if it does not run, and wait until it takes drivers."""
-        if self.alive():
-            return
+        """Start it if it does not run, and wait until it takes drivers.
+
+        On a busy machine a raylet gives up when its agent is not up in 15 seconds; then again.
+        """
+        for _ in range(STARTS):
+            if self.alive() or self._started():
+                return
+        raise RuntimeError(f"no Ray head: {self._log().read_text()[-2000:]}")
+
+    def _log(self) -> Path:
+        return self._folder / "head.log"
+
+    def _started(self) -> bool:
         self.end()
         self.starts += 1
         self._folder.mkdir(parents=True, exist_ok=True)
         command = [RAY, "start", "--head", "--block", f"--num-cpus={self._cpus}",
                    f"--temp-dir={self._folder}/ray", "--include-dashboard=false",
                    "--object-store-memory=200000000", "--disable-usage-stats",
+                   "--node-ip-address=127.0.0.1",
                    *(f"--{n}={p}" for n, p in zip(PORTS, self._ports, strict=True))]  # fmt: skip
         environment = {k: v for k, v in self.environment().items() if k != "RAY_ADDRESS"}
-        log = self._folder / "head.log"
-        with open(log, "wb") as out:
+        with open(self._log(), "wb") as out:
             self._process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
         deadline = time.monotonic() + START_SECONDS
-        while b"Ray runtime started" not in log.read_bytes():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"no Ray head: {log.read_text()[-2000:]}")
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if b"Ray runtime started" in self._log().read_bytes():
+                return True
+            if any(is_dead(p) for p in family(self._process.pid) if p.name() == "raylet"):
+                return False
             time.sleep(0.2)
+        return False
 
     def alive(self) -> bool:
         """Return whether all that a head is made of runs."""
@@ -103,6 +116,13 @@ def title(process: psutil.Process) -> str:
     with suppress(psutil.Error, IndexError):
         return Path(process.cmdline()[0]).name
     return ""
+
+
+def is_dead(process: psutil.Process) -> bool:
+    """Return whether a process has ended, waited for or not."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    return True
 
 
 def end(processes: list[psutil.Process]) -> None:

@@ -73,18 +73,16 @@ def _read(place: UPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     except UnicodeDecodeError:
         text = ""
+    data = b""
     try:
         meta = open_json(text)
         data = read_bytes(place / "state.safetensors")
     except (FileNotFoundError, ValueError):
-        return _damaged(place)
-    if hashlib.sha256(data).hexdigest() != meta.get("sha256"):
-        return _damaged(place)
-    return safetensors.load(data), meta
-
-
-def _damaged(place: UPath) -> None:
+        meta = {}
+    if hashlib.sha256(data).hexdigest() == meta.get("sha256"):
+        return safetensors.load(data), meta
     tell(f"damaged checkpoint {place}: training goes on from the one before it")
+    return None
 
 
 def _newest_first(folder: UPath) -> list[UPath]:
