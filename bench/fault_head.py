@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
+import ray.util
 
 START_SECONDS, STARTS = 300, 10
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -31,7 +32,7 @@ class Head:
         self._folder, self._cpus = folder, cpus
         self._ports = free_ports(len(PORTS))
         self._process: subprocess.Popen[bytes] | None = None
-        self.address = f"127.0.0.1:{self._ports[0]}"
+        self.address = f"{ray.util.get_node_ip_address()}:{self._ports[0]}"
         self.starts = 0
 
     def environment(self) -> dict[str, str]:
@@ -65,7 +66,6 @@ class Head:
         command = [RAY, "start", "--head", "--block", f"--num-cpus={self._cpus}",
                    f"--temp-dir={self._folder}/ray", "--include-dashboard=false",
                    "--object-store-memory=200000000", "--disable-usage-stats",
-                   "--node-ip-address=127.0.0.1",
                    *(f"--{n}={p}" for n, p in zip(PORTS, self._ports, strict=True))]  # fmt: skip
         environment = {k: v for k, v in self.environment().items() if k != "RAY_ADDRESS"}
         with open(self._log(), "wb") as out:
