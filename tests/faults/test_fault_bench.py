@@ -1,45 +1,13 @@
-"""A handful of the random faults of `make bench-faults`: each run ends as one left alone."""
+"""The harness of `make bench-faults`: what it compares, plans and writes."""
 
 from __future__ import annotations
 
 import itertools
-import random
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-
-from bench.fault_kinds import Kind, kinds_for
-from bench.fault_page import page, survived
-from bench.fault_runs import GENERATE, WORKLOADS, Difference, difference
-from bench.faults import Bench, Result, plan
-
-
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    folder = Path(tempfile.mkdtemp(prefix="qf", dir="/tmp"))  # Ray's sockets need a short path
-    made = Bench(folder)
-    yield made
-    made.close()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", [Kind("kill", "raylet"), Kind("flip", "file")], ids=str)
-def test_a_run_that_was_hit_ends_as_one_left_alone(bench: Bench, kind: Kind) -> None:
-    for seed in range(5):  # a fault may come after the end
-        found = bench.hit(GENERATE, kind, random.Random(seed))
-        if found:
-            assert survived(found), found
-            assert found.runs > 1  # what was killed does not come back by itself
-            return
-    pytest.fail("no fault came before the end")
-
-
-# ---------------------------------------------------------------- what the harness itself does
+from bench.fault_kinds import kinds_for
+from bench.fault_page import page
+from bench.fault_runs import WORKLOADS, Difference, difference
+from bench.faults import Result, plan
 
 
 def test_lost_doubled_and_changed_rows_are_seen() -> None:
