@@ -42,6 +42,7 @@ class Head:
             "RAY_ADDRESS": self.address,
             "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),
+            "RAY_gcs_rpc_server_connect_timeout_s": "60",  # 5 is too short on a busy machine
             "OMP_NUM_THREADS": "1",  # equal bits need equal thread counts
             "HF_HUB_OFFLINE": "1",
         }
