@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-schedule bench-plan audit clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-plan audit clean
 
 install: $(STAMP)
 
@@ -62,6 +62,9 @@ bench-gpu: install
 
 bench-hostile: install
 	$(BIN)/python -m bench.hostile
+
+bench-faults: install
+	$(BIN)/python -m bench.faults
 
 bench-judges: install
 	$(BIN)/python -m bench.judges

@@ -16,7 +16,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from upath import UPath
 
 from qresafe.errors import CorruptArtifactError, ResourceError
+from qresafe.integrity import damage, tell
+from qresafe.integrity import hash_file as hash_file
 from qresafe.leftovers import MARK, aside, sweep
+from qresafe.patience import not_answering, passes, patiently
 from qresafe.progress import Progress
 from qresafe.redaction import redact
 
@@ -48,6 +51,8 @@ class Manifest(BaseModel):
     git: str | None = None
     seconds: float = 0.0
     files: dict[str, str] = Field(default_factory=dict)  # relative path -> sha256
+    sizes: dict[str, int] = Field(default_factory=dict)  # relative path -> bytes
+    remade: str = ""  # what was wrong with an earlier result, so that this one replaced it
 
 
 class Artifact(BaseModel):
@@ -124,15 +129,17 @@ class Run:
             inputs: Input name -> key (`Artifact.key`) or content hash.
             code_version: Raised by hand when the stage's meaning changes.
             work: Fills the folder that it is given and returns the counts for the manifest. It
-                is called again on the same folder after a kill, and must continue there.
-
-        Raises:
-            CorruptArtifactError: A finished artefact's files do not match their hashes.
+                is called again on the same folder after a kill, and must continue there. So it is
+                when a finished result is damaged: that is told, removed and made again.
         """
         key = stage_key(stage, spec, inputs, code_version)
         folder = self.folder(stage, key)
-        if (folder / "DONE").exists():
-            return Artifact(path=folder, manifest=read_manifest(folder), reused=True)
+        before, damaged = finished_manifest(folder)
+        if before and not damaged:
+            return Artifact(path=folder, manifest=before, reused=True)
+        if damaged:
+            tell(f"{damaged}: the {stage} stage is run again")
+            discard(folder)
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with disk_errors(str(folder)):
@@ -152,9 +159,14 @@ class Run:
                 git=git_revision(),
                 seconds=round(time.perf_counter() - began, 3),
                 files=hash_folder(folder),
+                sizes=folder_sizes(folder),
+                remade=damaged,
             )
-            write_text(folder / "manifest.json", manifest.model_dump_json(indent=1))
-            write_text(folder / "DONE", key)
+            if before and (others := different(before, manifest)):
+                tell(f"{folder} has other bytes than before in {', '.join(others)}")
+            text = redact(manifest.model_dump_json(indent=1))  # before its hash is taken
+            write_text(folder / "manifest.json", text)
+            write_text(folder / "DONE", done_mark(text, key))
         return Artifact(path=folder, manifest=manifest)
 
 
@@ -178,27 +190,63 @@ def content_key(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def done_mark(manifest: str, key: str) -> str:
+    """Return what stands in DONE: the manifest's hash, and the result's key."""
+    return f"{hashlib.sha256(manifest.encode()).hexdigest()} {key}"
+
+
 def read_manifest(folder: UPath) -> Manifest:
-    """Read and check a finished stage's manifest.
+    """Read a finished stage's manifest, and check it and all its files (see `integrity.damage`).
 
     Raises:
-        CorruptArtifactError: The manifest is unreadable, or a file is missing or (on a local
-            file system) has other bytes.
+        CorruptArtifactError: The manifest is unreadable or changed, or a file is missing, cut off
+            or changed.
     """
+    manifest, damaged = finished_manifest(folder)
+    if manifest and not damaged:
+        return manifest
     remedy = f"delete {folder} and run again"
+    raise CorruptArtifactError(damaged or "missing file DONE", where=str(folder), remedy=remedy)
+
+
+def finished_manifest(folder: UPath) -> tuple[Manifest | None, str]:
+    """Return a finished stage's manifest, as far as it can be read, and what is wrong; or nothing.
+
+    Nothing is wrong with what is not there: an unfinished stage gives (None, "").
+    """
     try:
-        manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
-    except (ValueError, FileNotFoundError) as error:
-        raise CorruptArtifactError(
-            "unreadable manifest", where=str(folder), remedy=remedy
-        ) from error
+        mark = read_text(folder / "DONE")
+    except FileNotFoundError:
+        return None, ""
+    except UnicodeDecodeError:
+        mark = ""
+    try:
+        text = read_text(folder / "manifest.json")
+        manifest = Manifest.model_validate_json(text)
+    except (ValueError, FileNotFoundError):
+        return None, f"unreadable manifest in {folder}"
+    # Earlier versions wrote the key alone.
+    if mark not in (done_mark(text, manifest.key), manifest.key):
+        return None, f"changed file manifest.json or DONE in {folder}"
     for name, digest in manifest.files.items():
-        if not (folder / name).exists():
-            raise CorruptArtifactError(f"missing file {name}", where=str(folder), remedy=remedy)
-        # Object stores keep their own checksums, and hashing there means downloading everything.
-        if is_local(folder) and hash_file(folder / name) != digest:
-            raise CorruptArtifactError(f"changed file {name}", where=str(folder), remedy=remedy)
-    return manifest
+        if wrong := damage(folder / name, digest, manifest.sizes.get(name)):
+            return manifest, f"{wrong} file {name} in {folder}"
+    return manifest, ""
+
+
+def discard(folder: UPath) -> None:
+    """Remove a damaged result; parts and checkpoints stay, as each of them is checked by itself."""
+    with output_errors(folder):
+        (folder / "DONE").unlink(missing_ok=True)  # first: it is what makes a result count
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for path in results_in(folder).values():
+            path.unlink()
+
+
+def different(before: Manifest, after: Manifest) -> list[str]:
+    """Return the files that two makings of a result do not agree in; times may stand in them."""
+    names = before.files.keys() | after.files.keys()
+    return sorted(name for name in names if before.files.get(name) != after.files.get(name))
 
 
 def write_text(path: UPath | Path, text: str) -> None:
@@ -209,14 +257,33 @@ def write_text(path: UPath | Path, text: str) -> None:
 def write_bytes(path: UPath | Path, data: bytes) -> None:
     """Write `data` so that a reader sees all of it or nothing (object stores do so by nature)."""
     if not is_local(path):
-        path.write_bytes(data)
+        patiently(lambda: path.write_bytes(data), path)
         return
     temporary = aside(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, str(path))
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, str(path))
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)  # half a file would take the room that is short
+        raise
+
+
+def read_bytes(path: UPath) -> bytes:
+    """Read a file; an object store that fails for a moment is asked again."""
+    return path.read_bytes() if is_local(path) else bytes(patiently(path.read_bytes, path))
+
+
+def read_text(path: UPath) -> str:
+    """Read a file of text likewise.
+
+    Raises:
+        UnicodeDecodeError: It is no text, which a file of ours always is: it is damaged.
+    """
+    return read_bytes(path).decode()
 
 
 def is_local(path: UPath | Path) -> bool:
@@ -224,40 +291,47 @@ def is_local(path: UPath | Path) -> bool:
     return isinstance(path, Path) or getattr(path, "protocol", "") in ("", "file", "local")
 
 
-def hash_folder(folder: UPath) -> dict[str, str]:
-    """Return relative path -> sha256 of every file under `folder`, but work files and marks."""
+def results_in(folder: UPath) -> dict[str, UPath]:
+    """Return relative path -> file of all files under `folder`, but work files and marks."""
     skip = {"DONE", "manifest.json"}
     root = str(folder)
-    found: dict[str, str] = {}
+    found: dict[str, UPath] = {}
     for path in sorted(folder.rglob("*"), key=str):
         name = str(path)[len(root) :].lstrip("/")
         if name in skip or name.startswith("work/") or MARK in name or not path.is_file():
             continue
-        found[name] = hash_file(path)
+        found[name] = path
     return found
 
 
-def hash_file(path: UPath | Path) -> str:
-    """Return the sha256 of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+def hash_folder(folder: UPath) -> dict[str, str]:
+    """Return relative path -> sha256 of `results_in` a folder."""
+    return {name: hash_file(path) for name, path in results_in(folder).items()}
+
+
+def folder_sizes(folder: UPath) -> dict[str, int]:
+    """Return relative path -> bytes of `results_in` a folder."""
+    return {name: int(path.stat().st_size) for name, path in results_in(folder).items()}
 
 
 @contextmanager
 def disk_errors(where: str) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence; what was finished stays."""
+    """Turn a full, read-only or failing disk into one sentence; what was finished stays."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             remedy = "free some space and run again: finished parts are kept"
             raise ResourceError("the disk is full", where=where, remedy=remedy) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             remedy = "give a storage that you may write to"
             raise ResourceError("cannot write", where=where, remedy=remedy) from error
+        if passes(error):
+            raise not_answering(error, where) from error
+        raise
+    except Exception as error:
+        if passes(error):  # of a client of an object store, which has errors of its own
+            raise not_answering(error, where) from error
         raise
 
 

@@ -2,9 +2,10 @@
 
 On a file system that the operating system mounts (also NFS with its lock service) the kernel keeps
 the lock, and gives it back when its process ends, however it ends. An object store has no locks:
-there a record beside the run names the driver, which renews it. A record that is not renewed any
-more, or whose process is known to be gone, is taken over. Two drivers that begin within the same
-fraction of a second can both get such a record.
+there a record beside the run names the driver, which renews it. A record whose process is known to
+be gone is taken over; so is one that looks old and is not renewed while we watch it. How old it
+looks is told by clocks, which may be wrong or be set, so that alone decides nothing. Two drivers
+that begin within the same fraction of a second can both get such a record.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from qresafe.leftovers import process_began
 PATIENCE = 0.5  # seconds; longer than `driver_of` takes to look at a lock
 LOCK, RECORD = ".driver.lock", ".driver.json"
 RENEW_SECONDS = 30.0  # how often a driver renews its record on an object store
-STALE_SECONDS = 600.0  # not renewed for so long: its host is gone, too
+STALE_SECONDS = 600.0  # not renewed for so long by the clocks: its host may be gone, too
+WATCH_SECONDS = 75.0  # ... and is, if it does not renew its record in two turns and a half
 
 
 class Driver(BaseModel):
@@ -37,9 +39,10 @@ class Driver(BaseModel):
 
     host: str
     process: int
-    began: float  # when that process began: process ids are used again
-    since: float  # when it took the run; seconds since 1970, like the others
+    began: float  # when that process began (`process_began`): process ids are used again
+    since: float  # when it took the run, in seconds since 1970
     seen: float  # when it last said that it is there
+    renewed: int = 0  # how often it has said so
 
     @classmethod
     def here(cls) -> Driver:
@@ -49,10 +52,12 @@ class Driver(BaseModel):
         return cls(host=socket.gethostname(), process=process, began=began, since=now, seen=now)
 
     def gone(self) -> bool:
-        """Return whether it certainly, or by its long silence, works no more."""
-        if time.time() - self.seen > STALE_SECONDS:
-            return True
+        """Return whether it is a process of this host that runs no more."""
         return self.host == socket.gethostname() and process_began(self.process) != self.began
+
+    def silent(self) -> bool:
+        """Return whether it seems not to have said anything for long, or a clock is wrong."""
+        return abs(time.time() - self.seen) > STALE_SECONDS
 
     def __str__(self) -> str:
         since = datetime.fromtimestamp(self.since, UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -77,13 +82,17 @@ def sole_driver(root: UPath) -> Iterator[None]:
 
 def driver_of(root: UPath) -> Driver | None:
     """Return the driver that works on a run now, as far as its record tells."""
+    driver = _read(root)
+    if driver is None or not is_local(root):
+        return None if driver is None or driver.gone() else driver
+    return driver if _is_locked(root) else None
+
+
+def _read(root: UPath) -> Driver | None:
     try:
-        driver = Driver.model_validate_json((root / RECORD).read_text())
+        return Driver.model_validate_json((root / RECORD).read_text())
     except (OSError, ValueError):  # there is none, or half of one
         return None
-    if not is_local(root):
-        return None if driver.gone() else driver
-    return driver if _is_locked(root) else None
 
 
 @contextmanager
@@ -117,7 +126,8 @@ def _is_locked(root: UPath) -> bool:
 
 @contextmanager
 def _recorded(root: UPath) -> Iterator[None]:
-    if driver_of(root):
+    found = driver_of(root)
+    if found and not (found.silent() and _stays_silent(root, found)):
         raise _refused(root)
     mine, over = Driver.here(), threading.Event()
     write_text(root / RECORD, mine.model_dump_json())
@@ -135,17 +145,24 @@ def _recorded(root: UPath) -> Iterator[None]:
             (root / RECORD).unlink()
 
 
+def _stays_silent(root: UPath, driver: Driver) -> bool:
+    """Watch a record; return whether nobody renewed it."""
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(min(WATCH_SECONDS / 10, 2.0))
+        if _read(root) != driver:
+            return False
+    return True
+
+
 def _renew(root: UPath, mine: Driver, over: threading.Event) -> None:
     while not over.wait(RENEW_SECONDS):
+        mine = mine.model_copy(update={"seen": time.time(), "renewed": mine.renewed + 1})
         with suppress(Exception):  # a storage that is away for a while; the next time will do
-            seen = mine.model_copy(update={"seen": time.time()})
-            write_text(root / RECORD, seen.model_dump_json())
+            write_text(root / RECORD, mine.model_dump_json())
 
 
 def _refused(root: UPath) -> ResourceError:
-    try:
-        who = str(Driver.model_validate_json((root / RECORD).read_text()))
-    except (OSError, ValueError):
-        who = "another process"
+    who = _read(root) or "another process"
     remedy = "wait until it ends, or give this run another --name"
     return ResourceError(f"this run has a driver already ({who})", where=str(root), remedy=remedy)

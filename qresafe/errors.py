@@ -60,6 +60,10 @@ class ResourceError(UserError):
     """The machine or cluster has too little of something (memory, disk, GPUs, a token)."""
 
 
+class OutOfMemoryError(ResourceError):
+    """The memory of a device or host does not hold a batch, nor half of it."""
+
+
 class DivergedError(UserError):
     """Training left the finite numbers."""
 

@@ -34,7 +34,19 @@ def sweep(folder: Path) -> None:
 
 
 def process_began(process: int) -> float | None:
-    """Return when a process of this host began (seconds since 1970); None if it is not there."""
+    """Return when a process of this host began, in seconds since the host did; None: no process.
+
+    A clock that is set does not change it, as it would the time since 1970.
+    """
+    try:
+        stat = Path(f"/proc/{process}/stat").read_bytes()
+    except FileNotFoundError:
+        return None if Path("/proc/self").exists() else _create_time(process)
+    after_name = stat.rpartition(b")")[2].split()  # the name may hold anything
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _create_time(process: int) -> float | None:
     import psutil
 
     try:

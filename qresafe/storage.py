@@ -12,8 +12,9 @@ from pathlib import Path
 
 from upath import UPath
 
-from qresafe.artifacts import is_local
-from qresafe.errors import DataError
+from qresafe.artifacts import Manifest, is_local
+from qresafe.errors import CorruptArtifactError, DataError
+from qresafe.integrity import damage
 
 
 def local_folder(folder: str | Path | UPath) -> Path:
@@ -21,16 +22,26 @@ def local_folder(folder: str | Path | UPath) -> Path:
 
     Args:
         folder: A local path or any fsspec URL of a *finished* folder: a remote one is kept under
-            the cache by its URL and never looked at again.
+            the cache by its URL, and fetched again if it is not as the stage's manifest says.
+
+    Raises:
+        CorruptArtifactError: The remote folder itself is damaged; its stage counts as unfinished
+            from then on, so that the next run makes it again.
     """
     source = UPath(folder)
     if is_local(source):
         return Path(str(source))
     target = cache_folder() / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    if target.exists() and _damage(source, target):
+        shutil.rmtree(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             copy_tree(source, UPath(scratch) / "folder")
+            if wrong := _damage(source, Path(scratch) / "folder"):
+                _stage_of(source).joinpath("DONE").unlink(missing_ok=True)
+                remedy = "run again: the stage that made it is repeated"
+                raise CorruptArtifactError(wrong, where=str(source), remedy=remedy)
             _move(Path(scratch) / "folder", target)
     return target
 
@@ -78,6 +89,28 @@ def copy_tree(source: UPath, target: UPath) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with path.open("rb") as reader, copy.open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)
+
+
+def _stage_of(source: UPath) -> UPath:
+    """Return the stage's folder that `source`, or a folder in it, is."""
+    return source if (source / "manifest.json").exists() else source.parent
+
+
+def _damage(source: UPath, copy: Path) -> str:
+    """Return what is wrong with the copy of a stage's folder; empty: nothing is known."""
+    stage = _stage_of(source)
+    try:
+        manifest = Manifest.model_validate_json((stage / "manifest.json").read_text())
+    except (FileNotFoundError, ValueError):  # a model's folder, which no stage has made
+        return ""
+    inside = str(source)[len(str(stage)) :].lstrip("/")
+    prefix = f"{inside}/" if inside else ""
+    for name, digest in manifest.files.items():
+        if name.startswith(prefix):
+            copied = UPath(copy / name[len(prefix) :])
+            if wrong := damage(copied, digest, manifest.sizes.get(name)):
+                return f"{wrong} file {name}"
+    return ""
 
 
 def cache_folder() -> Path:

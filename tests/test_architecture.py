@@ -27,6 +27,8 @@ LEAVES |= {
     "progress_file",
     "driving",
     "driver_lock",
+    "integrity",
+    "patience",
     "storage",
     "jsonl",
     "qresafe",

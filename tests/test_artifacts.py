@@ -8,13 +8,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from upath import UPath
 
+from qresafe import integrity
 from qresafe.artifacts import (
     Artifact,
     Run,
@@ -196,18 +197,90 @@ def dead_process() -> int:
     return process.pid
 
 
-def test_a_missing_file_is_found(run: Run) -> None:
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda file: file.unlink(), "missing file number.txt"),
+        (lambda file: file.write_text(""), "cut off file number.txt"),
+        (lambda file: file.write_text("0"), "changed file number.txt"),
+        (lambda file: file.write_text("10"), "changed file number.txt"),
+        (lambda file: file.with_name("manifest.json").unlink(), "unreadable manifest"),
+        (lambda file: file.with_name("DONE").write_text(""), "changed file manifest.json or DONE"),
+    ],
+)
+def test_a_damaged_result_is_named_and_made_again(
+    run: Run, harm: Callable[[UPath], object], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = run_stage(run, Work())
+    harm(made.path / "number.txt")
+    with pytest.raises(CorruptArtifactError, match=rf"{words}.*delete .* and run again"):
+        read_manifest(made.path)
+    work = Work()
+    again = run_stage(run, work)
+    assert (work.calls, again.reused) == (1, False)
+    assert (again.path / "number.txt").read_text() == "1"
+    assert again.manifest.files == made.manifest.files
+    assert words in again.manifest.remade
+    assert f"{words} in {made.path}: the patch stage is run again" in caplog.text
+    assert run_stage(run, Work()).reused
+
+
+def test_a_manifest_that_still_reads_but_says_something_else_is_found(run: Run) -> None:
+    made = run_stage(run, Work())
+    manifest = made.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"numbers": 1', '"numbers": 3'))  # one bit
+    again = run_stage(run, Work())
+    assert not again.reused
+    assert again.manifest.counts == {"numbers": 1}
+
+
+def test_a_result_of_an_earlier_version_is_still_good(run: Run) -> None:
+    made = run_stage(run, Work())
+    (made.path / "DONE").write_text(made.key)
+    assert run_stage(run, Work()).reused
+
+
+def test_what_comes_out_otherwise_the_second_time_is_told(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     made = run_stage(run, Work())
     (made.path / "number.txt").unlink()
-    with pytest.raises(CorruptArtifactError, match=r"number\.txt.*delete .* and run again"):
-        run_stage(run, Work())
+    run_stage(run, Work(number=2))
+    assert f"{made.path} has other bytes than before in number.txt" in caplog.text
 
 
-def test_a_flipped_bit_is_found(run: Run) -> None:
-    made = run_stage(run, Work())
-    (made.path / "number.txt").write_text("0")
-    with pytest.raises(CorruptArtifactError, match=r"changed file number\.txt"):
-        run_stage(run, Work())
+def test_nothing_damaged_stays_but_parts_which_are_checked_one_by_one(run: Run) -> None:
+    def work(folder: UPath) -> Mapping[str, Any]:
+        (folder / "work").mkdir(exist_ok=True)
+        seen.append(sorted(path.name for path in folder.rglob("*") if path.is_file()))
+        for name in ("a", "b", "work/part"):
+            write_text(folder / name, name)
+        return {}
+
+    seen: list[list[str]] = []
+    for _ in range(2):
+        made = run.stage("s", spec={}, inputs={}, code_version=1, work=work)
+        (made.path / "a").unlink()
+    assert seen == [[], ["part"]]
+
+
+def test_a_file_is_hashed_once_by_a_process_unless_it_was_written_since(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, hashed = run_stage(run, Work()), list[str]()
+    real = integrity.hash_file
+
+    def counted(path: UPath | Path) -> str:
+        hashed.append(Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr(integrity, "hash_file", counted)
+    for _ in range(3):
+        read_manifest(made.path)
+    assert hashed == ["number.txt"]
+    (made.path / "number.txt").write_text("1")
+    read_manifest(made.path)
+    assert hashed == ["number.txt"] * 2
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"stage": 3}'])

@@ -16,6 +16,7 @@ from qresafe import driver_lock
 from qresafe.cli import main
 from qresafe.driver_lock import RECORD, Driver, driver_of, sole_driver
 from qresafe.errors import ResourceError
+from qresafe.leftovers import process_began
 
 HOLD = """
 import sys, time
@@ -83,13 +84,16 @@ def test_an_object_store_keeps_a_record(bucket: UPath) -> None:
     assert not (bucket / RECORD).exists()
 
 
-def test_a_record_is_taken_over_when_its_driver_is_gone(bucket: UPath) -> None:
+def test_a_record_is_taken_over_when_its_driver_is_gone(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 0.2)
     here, now = Driver.here(), time.time()
     elsewhere = here.model_copy(update={"host": "another-host"})
     reused = here.model_copy(update={"began": here.began - 5.0})  # its number is ours now
     silent = elsewhere.model_copy(update={"seen": now - driver_lock.STALE_SECONDS - 1})
     for driver, gone in ((here, False), (elsewhere, False), (reused, True), (silent, True)):
-        assert driver.gone() is gone
+        assert (driver.gone() or driver.silent()) is gone
         (bucket / RECORD).write_text(driver.model_dump_json())
         if gone:
             with sole_driver(bucket):
@@ -110,6 +114,48 @@ def test_a_record_is_renewed(bucket: UPath, monkeypatch: pytest.MonkeyPatch) -> 
         assert renewed
         assert renewed.seen > first.seen
         assert renewed.since == first.since
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0])
+def test_a_clock_that_jumps_gives_no_run_away(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    monkeypatch.setattr(driver_lock, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 2.0)
+    real = time.time
+    with sole_driver(bucket):
+        elsewhere = driver_of(bucket)
+        assert elsewhere
+        # The newcomer's clock is a day off, so that the record looks a day old, or of tomorrow.
+        monkeypatch.setattr(Driver, "silent", lambda self: abs(real() + jump - self.seen) > 600)
+        with pytest.raises(ResourceError, match="a driver already"), sole_driver(bucket):
+            pass
+        monkeypatch.setattr(time, "time", lambda: real() + jump)  # and now its own jumps
+        assert driver_of(bucket) is not None
+    assert not (bucket / RECORD).exists()
+
+
+def test_a_record_of_a_dead_host_whose_clock_was_ahead_is_taken_over(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 0.2)
+    ahead = {"host": "another-host", "seen": time.time() + 86400}
+    (bucket / RECORD).write_text(Driver.here().model_copy(update=ahead).model_dump_json())
+    with sole_driver(bucket):
+        assert str(driver_of(bucket)).startswith(f"process {os.getpid()} on ")
+
+
+def test_when_a_process_began_is_not_told_by_the_clock() -> None:
+    """In seconds since the host began: /proc/uptime minus the age that ps counts."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    now = float(Path("/proc/uptime").read_text().split()[0])
+    began = process_began(process.pid)
+    assert began
+    assert now - 30 < began <= now + 0.1
+    assert process_began(process.pid) == began
+    process.kill()
+    process.wait()
+    assert process_began(process.pid) is None
 
 
 def test_half_a_record_is_no_driver(bucket: UPath) -> None:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
 from upath import UPath
 
 from qresafe.artifacts import write_bytes
 from qresafe.chat.client import Reply
+from qresafe.integrity import open_json, sealed_json
 
 
 class AnswerCache:
@@ -30,8 +30,8 @@ class AnswerCache:
         if self._folder is None:
             return None
         try:
-            return Reply.model_validate_json(self._file(request).read_text())
-        except (FileNotFoundError, ValidationError, UnicodeDecodeError):
+            return Reply.model_validate(open_json(self._file(request).read_text()))
+        except (FileNotFoundError, ValueError):
             return None
 
     def put(self, request: Mapping[str, Any], reply: Reply) -> None:
@@ -40,7 +40,8 @@ class AnswerCache:
             return
         file = self._file(request)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(file, reply.model_dump_json().encode())  # data: kept as it was answered
+        data = sealed_json(reply.model_dump(mode="json"), verbatim=True).encode()
+        write_bytes(file, data)  # data: kept as it was answered
 
     def _file(self, request: Mapping[str, Any]) -> UPath:
         assert self._folder is not None

@@ -183,7 +183,7 @@ def connect(address: str | None) -> None:
     try:
         with _hushed():
             ray.init(target, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a node that is not up in time raises the bare class
         remedy = "start it (ray start --head) or leave resources.address empty for a local one"
         what = f"cannot join the Ray cluster ({' '.join(str(error).split())[:200]})"
         raise ResourceError(what, where=target, remedy=remedy) from error

@@ -103,9 +103,8 @@ def run_trials(search: Search, sharing: Sharing, progress: Progress) -> TrialQue
     """Run all trials that have not ended yet; their rows lie in the search's folder."""
     folder = search_folder(search)
     queue = TrialQueue(search, Ledger(folder), sharing.ready)
-    if (folder / STOPPED).exists():
-        queue.forget_failures()
-        (folder / STOPPED).unlink()
+    queue.forget_failures(accidents_only=not (folder / STOPPED).exists())
+    (folder / STOPPED).unlink(missing_ok=True)
     if queue.finished():
         queue.next()  # takes in all rows
         progress.start("search", queue.total, "trials")

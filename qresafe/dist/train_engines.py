@@ -53,6 +53,8 @@ class DeepSpeedEngine:
         device: This process's device.
     """
 
+    independent = False  # shards are gathered in every pass
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rank = torch.distributed.get_rank()
@@ -75,6 +77,9 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over the ranks; the loop's losses are to be summed.
         self._engine.backward(loss * self.world_size)
+
+    def forget(self) -> None:
+        self._engine.zero_grad()
 
     def step(self, lr: float) -> float:
         for group in self._engine.optimizer.param_groups:

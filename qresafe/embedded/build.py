@@ -13,11 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from qresafe.artifacts import content_key, hash_folder, versions, write_text
 from qresafe.embedded.calibration import Chat
 from qresafe.embedded.scoring import development_figures
 from qresafe.embedded.tokenizer import train_tokenizer
 from qresafe.embedded.training import alignment_chats, corpus_key, helpful_chats
+from qresafe.errors import CorruptArtifactError
+from qresafe.integrity import damage, tell
 from qresafe.progress import Progress, Silent
 
 SHIPPED_SEED = 0
@@ -56,15 +60,33 @@ def embedded_model_path(seed: int = SHIPPED_SEED, progress: Progress | None = No
     Args:
         seed: 0 is shipped with the package.
         progress: Shows the steps of a build.
+
+    Raises:
+        CorruptArtifactError: The shipped model is not as it was built.
     """
     shipped = Path(str(files("qresafe.embedded"))) / "model"
     if seed == SHIPPED_SEED and (shipped / "manifest.json").is_file():
+        if wrong := damaged_file(shipped):
+            remedy = "install the package again"
+            raise CorruptArtifactError(wrong, where=str(shipped), remedy=remedy)
         return shipped
     key = content_key([asdict(Recipe()), corpus_key()])
     target = cache_folder() / f"embedded-{key}-seed{seed}"
-    if not (target / "manifest.json").is_file():
+    if wrong := damaged_file(target):
+        if target.exists():
+            tell(f"{wrong} in {target}: the model is built again")
         build(seed, target, progress=progress)
     return target
+
+
+def damaged_file(folder: Path) -> str:
+    """Return what is wrong with a built model's folder; empty: nothing."""
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text())["files"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return "unreadable manifest"
+    found = ((damage(UPath(folder / name), digest, None), name) for name, digest in hashes.items())
+    return next((f"{wrong} file {name}" for wrong, name in found if wrong), "")
 
 
 def cache_folder() -> Path:

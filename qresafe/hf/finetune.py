@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qresafe.errors import DataError
+from qresafe.errors import DataError, DivergedError
 from qresafe.hf.batching import length_plan, right_pad
 from qresafe.progress import Progress, Silent
 
@@ -68,6 +68,7 @@ def finetune(
 
     Raises:
         DataError: There are no chats, or a chat has an empty prompt or answer.
+        DivergedError: The loss is not finite.
     """
     _check(chats)
     trained = list(parameters)
@@ -91,6 +92,9 @@ def finetune(
         optimizer.step()
         schedule.step()
         history.append(value.item())
+        if not math.isfinite(history[-1]):
+            what = f"the fine-tuning's loss is {history[-1]} at step {len(history)}"
+            raise DivergedError(what, remedy="lower its learning rate (lr)")
         shown.advance(note=f"loss {history[-1]:.3f}")
     model.train(was_training)
     return history

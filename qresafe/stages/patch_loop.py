@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,16 +20,19 @@ from qresafe.core.grids import QuantizedTensor
 from qresafe.core.masked_lora import MaskedLoraLinear, attach
 from qresafe.core.masks import pack_bits, unpack_bits
 from qresafe.core.objectives import objective
-from qresafe.errors import DivergedError, ResourceError
+from qresafe.errors import DivergedError, OutOfMemoryError, ResourceError
 from qresafe.hf.answer_head import AnswerHead
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
+from qresafe.stages.engines import is_out_of_memory
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
 from qresafe.stages.patch_loss import term_losses
 from qresafe.stages.patch_mask import mask_rows, renew_masks
 from qresafe.stages.patch_output import as_exported, codes_changed, write_results
 from qresafe.stages.train_engine import TrainEngine
+
+Accumulated = tuple[float, dict[str, float], int]  # loss, its terms, tokens
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def train_patch(
 
     Raises:
         DivergedError: The loss or gradient is not finite; the last good checkpoint stays.
+        OutOfMemoryError: Half a micro-batch does not fit either; the last checkpoint stays.
         ResourceError: The ranks do not see the same folder.
     """
     loop = PatchLoop(engine, inputs, spec)
@@ -130,6 +134,7 @@ class PatchLoop:
         self.forward = engine.prepare(self.model, factors, spec)
         self.model.eval()  # no dropout: the reference log-probs were taken without
         self.steps = total_steps(len(self.pool), spec)
+        self.micro, self.halved = spec.micro_batch_size, False
         self.step = self.mask_version = 0
         self.history: list[dict[str, Any]] = []
         self._mask_rows = mask_rows(self.pool, spec)
@@ -141,7 +146,7 @@ class PatchLoop:
         if self._mask_due():
             record["mask"] = self._remask()
         lr = learning_rate(self.step, self.spec)
-        loss, parts, tokens = self._accumulate()
+        loss, parts, tokens = self._in_memory(self._accumulate)
         record |= {"loss": loss, "parts": parts, "lr": lr, "tokens": tokens}
         self._require_finite("loss", loss)
         record["grad_norm"] = self.engine.step(lr)
@@ -190,7 +195,34 @@ class PatchLoop:
         }
         patch_state.save(folder, self.step, tensors, meta)
 
-    def _accumulate(self) -> tuple[float, dict[str, float], int]:
+    def _in_memory(self, accumulate: Callable[[], Accumulated]) -> Accumulated:
+        """Add up a gradient; where memory runs out, once more in half the pieces.
+
+        The gradient is that of the whole batch either way; only its rounding differs.
+        """
+        try:
+            return accumulate()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the handler: the error's traceback would keep the tensors alive.
+        if self.micro == 1 or self.halved or not self.engine.independent:
+            raise self._out_of_memory()
+        self.engine.forget()
+        self.micro, self.halved = (self.micro + 1) // 2, True
+        try:
+            return accumulate()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        raise self._out_of_memory()
+
+    def _out_of_memory(self) -> OutOfMemoryError:
+        what = f"out of memory at step {self.step + 1}, {self.micro} rows at a time"
+        remedy = "lower patch.micro_batch_size, or use more memory; checkpoints so far are kept"
+        return OutOfMemoryError(what, remedy=remedy)
+
+    def _accumulate(self) -> Accumulated:
         """Add up the gradient of one global batch; return its loss, the terms and tokens."""
         engine, spec = self.engine, self.spec
         indices = batch_at(len(self.pool), spec.batch_size, spec.seed, self.step)
@@ -201,7 +233,7 @@ class PatchLoop:
             self.pool.lengths,
             rank=engine.rank,
             world_size=engine.world_size,
-            micro=spec.micro_batch_size,
+            micro=self.micro,
         )
         sums = torch.zeros(2 + len(counts), dtype=torch.float64)
         for number, mine in enumerate(shares):

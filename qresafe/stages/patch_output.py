@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from upath import UPath
 
-from qresafe.artifacts import write_bytes, write_text
+from qresafe.artifacts import read_bytes, write_bytes, write_text
 from qresafe.core.masked_lora import MaskedLoraLinear
 from qresafe.core.masks import pack_bits
 from qresafe.stages.train_engine import TrainEngine
@@ -100,7 +100,7 @@ def write_tensors(
 
 def read_tensors(path: UPath) -> dict[str, Tensor]:
     """Read a safetensors file from any storage."""
-    return safetensors.load(path.read_bytes())
+    return safetensors.load(read_bytes(path))
 
 
 def _gathered(engine: TrainEngine, layers: Layers) -> Iterator[tuple[str, MaskedLoraLinear]]:

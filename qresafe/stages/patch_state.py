@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from safetensors import torch as safetensors
 from torch import Tensor
 from upath import UPath
 
-from qresafe.artifacts import write_bytes, write_text
+from qresafe.artifacts import read_bytes, read_text, write_bytes, write_text
+from qresafe.integrity import open_json, sealed_json, tell
 from qresafe.storage import children
 
 FOLDER = "work/checkpoints"  # `work/` is not part of the finished artefact
@@ -23,7 +23,7 @@ def save(folder: UPath, step: int, tensors: Mapping[str, Tensor], meta: Mapping[
     """Write the checkpoint of `step`, then drop all but the newest two.
 
     The metadata holds the tensors' hash and comes last: a checkpoint without it, or with another
-    hash, was cut off and does not count.
+    hash, was cut off and does not count. It is sealed itself.
 
     Args:
         folder: The stage's folder, on any storage.
@@ -36,7 +36,7 @@ def save(folder: UPath, step: int, tensors: Mapping[str, Tensor], meta: Mapping[
     data = safetensors.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     write_bytes(place / "state.safetensors", data)
     sealed = dict(meta) | {"step": step, "sha256": hashlib.sha256(data).hexdigest()}
-    write_text(place / "meta.json", json.dumps(sealed))
+    write_text(place / "meta.json", sealed_json(sealed))
     for old in _newest_first(folder)[GENERATIONS:]:
         _remove(old)
 
@@ -67,14 +67,23 @@ def adopt(folder: UPath, other: UPath) -> None:
 
 
 def _read(place: UPath) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return a checkpoint; None if it was cut off, or is damaged, which is told."""
     try:
-        meta = json.loads((place / "meta.json").read_text())
-        data = (place / "state.safetensors").read_bytes()
+        text = read_text(place / "meta.json")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError:
+        text = ""
+    data = b""
+    try:
+        meta = open_json(text)
+        data = read_bytes(place / "state.safetensors")
     except (FileNotFoundError, ValueError):
-        return None
-    if hashlib.sha256(data).hexdigest() != meta.get("sha256"):
-        return None
-    return safetensors.load(data), meta
+        meta = {}
+    if hashlib.sha256(data).hexdigest() == meta.get("sha256"):
+        return safetensors.load(data), meta
+    tell(f"damaged checkpoint {place}: training goes on from the one before it")
+    return None
 
 
 def _newest_first(folder: UPath) -> list[UPath]:

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from qresafe.artifacts import write_bytes
-from qresafe.errors import located
+from qresafe.artifacts import read_bytes, write_bytes
+from qresafe.errors import CorruptArtifactError, located
 from qresafe.failure import here
+from qresafe.integrity import BLANK, SEAL_KEY, is_sealed, seal_holds, sealed, tell
 from qresafe.progress import Progress
 from qresafe.storage import children
 
@@ -212,25 +213,38 @@ def read_parts(parts: UPath, count: int) -> pa.Table:
 
 
 def write_table(path: UPath, table: pa.Table) -> None:
-    """Write a Parquet file that a reader sees whole or not at all."""
+    """Write a sealed Parquet file that a reader sees whole or not at all."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_bytes(path, sink.getvalue().to_pybytes())
+    with pq.ParquetWriter(sink, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({SEAL_KEY: BLANK.decode()})
+    write_bytes(path, sealed(sink.getvalue().to_pybytes()))
 
 
 def read_table(path: UPath) -> pa.Table:
-    """Read a Parquet file from any storage."""
-    return pq.read_table(pa.BufferReader(path.read_bytes()))
+    """Read a Parquet file from any storage.
+
+    Raises:
+        CorruptArtifactError: It was sealed by `write_table`, and is not as it was written.
+    """
+    data = read_bytes(path)
+    if is_sealed(data) and not seal_holds(data):
+        remedy = "run the stage that made it again"
+        raise CorruptArtifactError("changed file", where=str(path), remedy=remedy)
+    table = pq.read_table(pa.BufferReader(data))
+    kept = {k: v for k, v in (table.schema.metadata or {}).items() if k != SEAL_KEY.encode()}
+    return table.replace_schema_metadata(kept or None)
 
 
 def is_whole(path: UPath) -> bool:
-    """Return whether a part is complete: its end, where Parquet keeps its index, is readable."""
+    """Return whether a part is there as it was written; damage is told of."""
     try:
-        with path.open("rb") as file:
-            pq.read_metadata(file)
-    except (pa.ArrowInvalid, OSError):
+        whole = seal_holds(read_bytes(path))
+    except FileNotFoundError:
         return False
-    return True
+    if not whole:
+        tell(f"damaged file {path}: its batch is computed again")
+    return whole
 
 
 @contextmanager

@@ -23,11 +23,14 @@ class TrainEngine(Protocol):
         rank: This process, 0 to world_size - 1.
         world_size: How many processes take part.
         device: Where this process computes.
+        independent: Whether `backward` and forward passes are this process's alone, so that it
+            may repeat them.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    independent: bool
 
     def prepare(
         self, model: nn.Module, factors: Mapping[str, nn.Parameter], spec: PatchSpec
@@ -47,6 +50,9 @@ class TrainEngine(Protocol):
             loss: Scalar: this micro-batch's part of the global loss.
             last: Whether it is the step's last micro-batch.
         """
+
+    def forget(self) -> None:
+        """Clear the gradients added since the last step; not collective."""
 
     def step(self, lr: float) -> float:
         """Clip, update the factors, clear the gradients; return the norm before clipping."""
@@ -78,6 +84,7 @@ class LocalEngine:
 
     rank = 0
     world_size = 1
+    independent = True
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
@@ -92,6 +99,9 @@ class LocalEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
+
+    def forget(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:

@@ -10,7 +10,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 from upath import UPath
 
-from qresafe.artifacts import write_text
+from qresafe.artifacts import read_text, write_text
+from qresafe.integrity import open_json, sealed_json, tell
 from qresafe.stages.runtime import write_table
 from qresafe.storage import children
 
@@ -65,15 +66,16 @@ class Ledger:
         self._folder = folder / "trials"
 
     def read(self) -> dict[int, Row]:
-        """Return index -> row of all trials that have ended."""
+        """Return index -> row of all trials that have ended; a damaged row counts as none."""
         files = [path for path in children(self._folder) if path.name.endswith(".json")]
-        rows = [Row.model_validate_json(path.read_text()) for path in files]
+        rows = [row for path in files if (row := _read(path)) is not None]
         return {row.index: row for row in sorted(rows, key=lambda row: row.index)}
 
     def write(self, row: Row) -> None:
         """Keep a row; an earlier one of the same index is replaced."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._path(row.index), row.model_dump_json(indent=1))
+        text = sealed_json(row.model_dump(mode="json"), indent=1)
+        write_text(self._path(row.index), text)
 
     def forget(self, index: int) -> None:
         """Remove a row, so that its trial runs again."""
@@ -81,6 +83,14 @@ class Ledger:
 
     def _path(self, index: int) -> UPath:
         return self._folder / f"{index:05d}.json"
+
+
+def _read(path: UPath) -> Row | None:
+    try:
+        return Row.model_validate(open_json(read_text(path)))
+    except ValueError:  # also of pydantic, and of text that is no text
+        tell(f"damaged file {path}: its trial is run again")
+        return None
 
 
 def trials_table(rows: Sequence[Row], values: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -18,6 +18,8 @@ from qresafe.stages.search.proposers import make_proposer, trial_count
 from qresafe.stages.search.values import trial_key
 
 SAME_FAILURES = 3  # of one kind end the search
+# Kinds of failure that a trial of the same values meets again; what else may fail is an accident.
+OWN_FAILURES = {"diverged", "out of memory", "invalid spec", "DataError", "ModelError", "SpecError"}
 
 
 class Pause(Enum):
@@ -118,9 +120,16 @@ class TrialQueue:
         reasons = [row.reason or "" for row in self.rows.values() if row.kind == kind]
         return f"{count} trials failed with {kind}, the last one: {reasons[-1].rstrip('.')}"
 
-    def forget_failures(self) -> None:
-        """Let the failed trials of an earlier run be tried again."""
-        for index in [i for i, row in self._known.items() if row.status == "failed"]:
+    def forget_failures(self, *, accidents_only: bool = False) -> None:
+        """Let the failed trials of an earlier run be tried again.
+
+        Args:
+            accidents_only: Only those that a lost process, node or storage has failed.
+        """
+        failed = [i for i, row in self._known.items() if row.status == "failed"]
+        for index in failed:
+            if accidents_only and self._known[index].kind in OWN_FAILURES:
+                continue
             self._ledger.forget(index)
             del self._known[index]
 

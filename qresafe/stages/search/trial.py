@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qresafe.artifacts import Artifact
-from qresafe.errors import DivergedError
+from qresafe.errors import DivergedError, OutOfMemoryError
 from qresafe.failure import is_out_of_memory
 from qresafe.progress import Silent
 from qresafe.search_space import Params
@@ -121,6 +121,6 @@ def failure(error: BaseException) -> tuple[str, str]:
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, DivergedError):
         return "diverged", text
-    if is_out_of_memory(error):
+    if isinstance(error, OutOfMemoryError) or is_out_of_memory(error):
         return "out of memory", text
     return type(error).__name__, text

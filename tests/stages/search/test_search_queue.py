@@ -177,6 +177,21 @@ def test_a_stopped_search_tries_its_failures_again_when_told(tmp_path: Path) -> 
     assert table == simulate(search, tmp_path / "b", random.Random(0)).ordered()
 
 
+def test_a_trial_that_an_accident_failed_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
+    search, folder = make_search(tmp_path), tmp_path / "a"
+    kinds = {1: "diverged", 2: "killed", 3: "ResourceError", 4: "OSError"}
+    simulate(
+        search,
+        folder,
+        random.Random(0),
+        lambda s, p: failing({p.index} & kinds.keys(), kinds.get(p.index, ""))(s, p),
+    )
+    queue = TrialQueue(search, Ledger(UPath(folder)), lambda spec: True)
+    queue.forget_failures(accidents_only=True)
+    table = simulate(search, folder, random.Random(0)).ordered()
+    assert [row.index for row in table if row.status == "failed"] == [1]
+
+
 def test_values_that_do_not_fit_together_are_a_row(tmp_path: Path) -> None:
     either = {"choice": [0.0, 1.0]}
     search = make_search(
