@@ -169,12 +169,43 @@ class ChangeSpec(Spec):
     beta: Positive | None = None
 
 
-class PatchSpec(Spec):
-    """The safety patch: masked LoRA on Q0's grid, or a usual repair to compare it with."""
+class KindsSpec(Spec):
+    """What the mean loss of each kind of calibration prompt weighs; 0 leaves the kind out."""
 
-    # dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no objective, mask or grid.
-    method: Literal["masked_lora", "dpo", "sft"] = "masked_lora"
+    harmful: Weight = 1.0
+    benign: Weight = 3.0
+    borderline: Weight = 1.0
+    recombined: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> KindsSpec:
+        if not any(self.model_dump().values()):
+            raise ValueError("every kind has weight 0; give harmful, benign, ... a weight")
+        return self
+
+
+class FlipsSpec(Spec):
+    """Greedy code flips (`patch.method: flips`): single codes go to a neighbour, nothing else."""
+
+    max_flips: AtLeastOne = 800  # codes that may differ from Q0's
+    rounds: AtLeastOne = 60  # of flipping
+    at_once: AtLeastOne = 100  # codes flipped in the first round; halved when that does not help
+    at_least: AtLeastOne = 5  # below so many at once it ends
+    rows: AtLeastOne = 128  # rows that a round's gradient is taken on, evenly over the kinds
+    probe_rows: AtLeastOne = 256  # fixed rows on which the loss must fall
+    kinds: KindsSpec = KindsSpec()
+    remove: bool = True  # afterwards undo flips without which the loss does not rise
+
+
+class PatchSpec(Spec):
+    """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
+
+    # flips: single codes, without an adapter; of what is below it reads objective, flips,
+    # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
+    # objective, mask or grid.
+    method: Literal["masked_lora", "flips", "dpo", "sft"] = "masked_lora"
     objective: ObjectiveSpec = ObjectiveSpec()
+    flips: FlipsSpec = FlipsSpec()
     mask: MaskSpec = MaskSpec()
     through_grid: bool = True  # straight-through rounding in the forward pass
     rank: AtLeastOne = 16
