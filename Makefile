@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-speed bench-statistics bench-judges bench-gpu clean
 
 install: $(STAMP)
 
@@ -42,6 +42,9 @@ bench-quantizers: install
 
 bench-search: install
 	$(BIN)/python -m bench.search
+
+bench-flips: install
+	$(BIN)/python -m bench.flips
 
 bench-speed: install
 	$(BIN)/python -m bench.speed

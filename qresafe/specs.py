@@ -188,11 +188,12 @@ class FlipsSpec(Spec):
     """Greedy code flips (`patch.method: flips`): single codes go to a neighbour, nothing else."""
 
     max_flips: AtLeastOne = 800  # codes that may differ from Q0's
-    rounds: AtLeastOne = 60  # of flipping
-    at_once: AtLeastOne = 100  # codes flipped in the first round; halved when that does not help
-    at_least: AtLeastOne = 5  # below so many at once it ends
-    rows: AtLeastOne = 128  # rows that a round's gradient is taken on, evenly over the kinds
-    probe_rows: AtLeastOne = 256  # fixed rows on which the loss must fall
+    rounds: AtLeastOne = 150  # of flipping, at most
+    at_once: AtLeastOne = 50  # codes flipped in the first round, and the most in any
+    at_least: AtLeastOne = 4  # fewer are not tried
+    patience: Count = 4  # gradients in a row that may bring nothing
+    rows: AtLeastOne = 160  # rows that a gradient is taken on, evenly over the kinds
+    probe_rows: AtLeastOne = 192  # fixed rows on which the loss must fall
     kinds: KindsSpec = KindsSpec()
     remove: bool = True  # afterwards undo flips without which the loss does not rise
 
@@ -290,3 +291,8 @@ class ExperimentSpec(Spec):
         if isinstance(data, dict) and isinstance(data.get("quantize"), dict):
             return data | {"quantize": {"method": LlmQatSpec().method} | data["quantize"]}
         return data
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a patch before rounding is measured too: flips are on the grid throughout."""
+        return self.evaluate.adapter and self.patch.method != "flips"

@@ -157,7 +157,7 @@ class Experiment:
         absent = set()
         if not self.quantized.manifest.counts["control"]:
             absent.add(CONTROL)
-        if not self._has_adapter:
+        if not self.spec.has_adapter:
             absent.add(ADAPTER)
         if self.not_patchable:
             absent |= {Q, ADAPTER}
@@ -247,7 +247,7 @@ class Experiment:
     @cached_property
     def exported(self) -> Artifact:
         """Q in Q0's own format, the patch file, and the unrounded adapter."""
-        unrounded = self._has_adapter
+        unrounded = self.spec.has_adapter
         made = export(self.run, self.quantized, self.patched, self.progress, unrounded=unrounded)
         return self._note("export", made)
 
@@ -352,11 +352,6 @@ class Experiment:
             stages=tuple(self.stages),
         )
         return self._note("report", report(self.run, given, self.progress))
-
-    @property
-    def _has_adapter(self) -> bool:
-        """Whether there is a patch before rounding to measure: flips are on the grid throughout."""
-        return self.spec.evaluate.adapter and self.spec.patch.method != "flips"
 
     def _teacher_completions(self) -> Artifact:
         """The answers y_w to the calibration prompts."""

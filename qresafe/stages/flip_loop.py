@@ -1,9 +1,10 @@
 """The loop of a discrete patch: try a few code flips, keep them if the loss falls.
 
 Two phases. Flipping: a round takes the gradient on some rows and flips the codes with the largest
-first-order gains; if the loss on the probe rows does not fall, the flips are taken back and the
-next round tries half as many. Removing: the flips that seem to matter least are undone in blocks,
-as long as the loss on the probe rows does not rise.
+first-order gains. If the loss on the probe rows does not fall, the flips are taken back and half
+as many are tried; if it does, half as many again, by the gradient on other rows. It ends at the
+budget, or when several gradients in a row bring nothing. Removing: the flips that seem to matter
+least are undone in blocks, as long as that loss does not rise.
 
 Whatever happens in round t depends on the spec, the pool and the state after round t - 1 alone,
 and rows are cut into pieces in the same way for any number of workers: a run that was killed and
@@ -61,15 +62,16 @@ def flip_codes(
     loop = FlipLoop(engine, inputs, spec)
     loop.resume(folder)
     progress.advance(loop.state.round, "resumed" if loop.state.round else "")
+    seen = [record for record in loop.history if "probe" in record]
     while loop.state.phase != DONE:
         record = loop.advance()
         progress.advance(1, f"loss {record['loss']:.4f}, {record['flips']} codes")
-        looked = watch is not None and loop.state.round % watch.every == 0
-        if watch and looked:
+        if watch and loop.state.round % watch.every == 0:
             record["probe"] = watch.look(loop.model)
+            seen.append(record)
         loop.save(folder)
-        if watch and looked:  # once it is saved: who is told may end this process
-            watch.tell(record)
+        while watch and seen:  # once it is saved: who is told may end this process
+            watch.tell(seen.pop(0))
     loop.write_results(folder)
 
 
@@ -81,6 +83,8 @@ class State:
         phase: FLIPPING, REMOVING or DONE.
         round: Rounds done.
         size: How many codes the next round tries.
+        batch: Number of the rows that the gradient is taken on.
+        failed: Batches in a row of which nothing was kept.
         loss: On the probe rows, with the present codes.
         means: The same by kind.
     """
@@ -88,6 +92,8 @@ class State:
     phase: str
     round: int
     size: int
+    batch: int
+    failed: int
     loss: float
     means: tuple[float, ...]
 
@@ -112,8 +118,9 @@ class FlipLoop:
         self.history: list[dict[str, Any]] = []
         self._probe = self.loss.probe_rows()
         self._seen = 0  # tokens of this round
+        self._taken: tuple[str, int] | None = None  # phase and batch of the last gradient
         self._gradients = _Gradients(self.weights)
-        self.state = State(FLIPPING, 0, spec.flips.at_once, math.inf, ())
+        self.state = State(FLIPPING, 0, spec.flips.at_once, 0, 0, math.inf, ())
 
     def advance(self) -> dict[str, Any]:
         """Try one move and keep it or take it back; return the round's record."""
@@ -132,7 +139,7 @@ class FlipLoop:
     def _flips(self) -> Move:
         """Return the most promising flips, by the gradient on this round's rows."""
         room = self.spec.max_flips - self.changed
-        self._take_gradient(self.loss.round_rows(self.state.round))
+        self._take_gradient(self.loss.round_rows(self.state.batch))
         count = min(self.state.size, room)
         return greedy_move(self.layers, self.ladders, self._gradients.sums, count)
 
@@ -154,15 +161,26 @@ class FlipLoop:
         return False
 
     def _next(self, kept: bool, tried: int) -> State:
+        """Return what comes after a round: other rows and more codes if it was kept, else fewer."""
         spec, state = self.spec, replace(self.state, round=self.state.round + 1)
-        size = state.size if kept else min(state.size, tried) // 2
+        if kept:
+            size = min(spec.at_once, math.ceil(1.5 * state.size))
+            state = replace(state, size=size, batch=state.batch + 1, failed=0)
+        else:
+            state = replace(state, size=min(state.size, tried) // 2)
         if state.phase == FLIPPING:
-            full = self.changed >= spec.max_flips
-            if size >= spec.at_least and state.round < spec.rounds and not full:
-                return replace(state, size=size)
-            size = self.changed // 4 if spec.remove else 0
-        going_on = size >= spec.at_least and self.changed
-        return replace(state, phase=REMOVING if going_on else DONE, size=size)
+            return self._next_flips(state)
+        return state if state.size >= spec.at_least else replace(state, phase=DONE)
+
+    def _next_flips(self, state: State) -> State:
+        spec, changed = self.spec, self.changed
+        if state.size < spec.at_least:
+            again = max(spec.at_least, spec.at_once // 4)
+            state = replace(state, size=again, batch=state.batch + 1, failed=state.failed + 1)
+        if state.failed <= spec.patience and state.round < spec.rounds and changed < spec.max_flips:
+            return state
+        size = changed // 4 if spec.remove else 0
+        return replace(state, phase=REMOVING if size >= spec.at_least else DONE, size=size)
 
     @property
     def changed(self) -> int:
@@ -185,6 +203,11 @@ class FlipLoop:
             weight.data.copy_(self.layers[name].dense())
 
     def _take_gradient(self, rows: Sequence[int]) -> None:
+        """Take the gradient on some rows, unless it was taken and no move was kept since."""
+        asked = (self.state.phase, self.state.batch)
+        if self._taken == asked:
+            return
+        self._taken = asked
         self._gradients.clear()
         self._pass(rows, backward=True)
         for total in self._gradients.sums.values():
