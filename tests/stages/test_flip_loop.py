@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from patching import patch_inputs, patch_spec
+from patching import flip_spec, patch_inputs
 from upath import UPath
 
 from qresafe.core.flips import best_flips
@@ -29,16 +24,6 @@ from qresafe.stages.patch_output import read_tensors
 from qresafe.stages.train_engine import LocalEngine
 
 FILES = ("codes.safetensors", "delta.safetensors")
-FLIPS: dict[str, Any] = {
-    "max_flips": 60,
-    "rounds": 8,
-    "at_once": 16,
-    "at_least": 2,
-    "patience": 1,
-    "rows": 6,
-    "probe_rows": 9,
-    "kinds": {"harmful": 1.0, "benign": 2.0, "borderline": 1.0, "recombined": 0.5},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +33,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def flip_spec(**changes: Any) -> PatchSpec:
-    objective = {"nll": 1.0, "kl": 0.5, "anchor": 0.3, "kl_tokens": 3}
-    spec = {"method": "flips", "objective": objective, "flips": FLIPS | changes}
-    return patch_spec(**spec)
 
 
 def patched(spec: PatchSpec, folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -213,61 +192,6 @@ def test_resumed_run_equals_the_uninterrupted_one(after: int, tmp_path: Path) ->
     files, resumed = patched(spec, tmp_path / "cut")
     assert files == whole
     assert known(resumed) == known(history)
-
-
-def test_sigkill_then_resume_gives_the_same_bytes(tmp_path: Path) -> None:
-    spec = flip_spec()
-    whole, _ = patched(spec, tmp_path / "whole")
-    program = (
-        "import os, signal, sys, torch; torch.set_num_threads(1)\n"
-        "from test_flip_loop import *\n"
-        "class Dead(Silent):\n"
-        "    rounds = 0\n"
-        "    def advance(self, done=1, note=''):\n"
-        "        self.rounds += done\n"
-        "        if self.rounds == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "spec = flip_spec()\n"
-        "flip_codes(LocalEngine(), patch_inputs(spec), spec, UPath(sys.argv[1]), Dead())\n"
-    )
-    here = Path(__file__).parent
-    paths = f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-c", program, str(folder)]
-    ended = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths})
-    assert ended.returncode == -signal.SIGKILL
-    assert not (folder / "codes.safetensors").exists()
-    assert patched(spec, folder)[0] == whole
-
-
-def one_rank(rank: int, meeting: str, folder: str) -> None:
-    """Run as one of two gloo processes."""
-    from qresafe.dist.train_engines import ReplicatedEngine
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
-    )
-    spec = flip_spec()
-    engine = ReplicatedEngine(torch.device("cpu"))
-    flip_codes(engine, patch_inputs(spec), spec, UPath(folder), Silent())
-    torch.distributed.destroy_process_group()
-
-
-def test_two_workers_end_with_the_same_codes_as_one(tmp_path: Path) -> None:
-    alone, history = patched(flip_spec(), tmp_path / "alone")
-    context = multiprocessing.get_context("spawn")
-    folder, meeting = str(tmp_path / "two"), str(tmp_path / "meeting")
-    (tmp_path / "two").mkdir()
-    ranks = [context.Process(target=one_rank, args=(n, meeting, folder)) for n in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-        assert rank.exitcode == 0
-    assert {name: (tmp_path / "two" / name).read_bytes() for name in FILES} == alone
-    lines = (tmp_path / "two" / "history.jsonl").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert [(r["loss"], r["tokens"]) for r in told] == [(r["loss"], r["tokens"]) for r in history]
 
 
 def test_pairs_of_no_wanted_kind_say_so() -> None:
