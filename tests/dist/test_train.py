@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from patching import flip_spec, patch_spec
+from patching import patch_spec
 from training import TinyJob
 from upath import UPath
 
@@ -80,27 +79,6 @@ def test_two_workers_one_killed_equal_two_undisturbed(stage: int, tmp_path: Path
     # Sums over ranks round otherwise than one rank's; a factor is of order 0.1.
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
-
-
-def test_two_workers_flip_the_same_codes_as_one(tmp_path: Path) -> None:
-    """Equal to the byte: the same pieces on any number of workers, added up in float64."""
-    spec = flip_spec()
-    TinyJob(spec).run_local(UPath(tmp_path / "one"), Counted())
-    train.run(TinyJob(spec), UPath(tmp_path / "two"), Counted(), ResourcesSpec(workers=2))
-    one, two = (
-        [(tmp_path / folder / name).read_bytes() for name in FILES[2:]] for folder in ("one", "two")
-    )
-    assert one == two
-    told = [
-        [(r["loss"], r["kept"], r["flips"], r["tokens"]) for r in history(tmp_path / folder)]
-        for folder in ("one", "two")
-    ]
-    assert told[0] == told[1]
-    assert told[0][-1][2] > 0
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 def test_a_users_mistake_in_a_worker_comes_back_in_words(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from upath import UPath
 
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
-from qresafe.stages.flip_loop import flip_codes
 from qresafe.stages.patch_loop import train_patch
 from qresafe.stages.train_engine import LocalEngine, TrainEngine
 
@@ -30,8 +29,7 @@ class TinyJob:
     def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
         if self.mark and engine.rank == self.victim:
             _kill_before_step(engine, self.at, Path(self.mark))
-        make = flip_codes if self.spec.method == "flips" else train_patch
-        make(engine, patch_inputs(self.spec), self.spec, folder, progress)
+        train_patch(engine, patch_inputs(self.spec), self.spec, folder, progress)
 
     def run_local(self, folder: UPath, progress: Progress) -> None:
         self.run(LocalEngine(), folder, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,37 @@ def test_resumed_run_equals_the_uninterrupted_one(after: int, tmp_path: Path) ->
     files, resumed = patched(spec, tmp_path / "cut")
     assert files == whole
     assert known(resumed) == known(history)
+
+
+def one_rank(rank: int, meeting: str, folder: str) -> None:
+    """Run as one of two gloo processes."""
+    from qresafe.dist.train_engines import ReplicatedEngine
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2
+    )
+    spec = flip_spec()
+    engine = ReplicatedEngine(torch.device("cpu"))
+    flip_codes(engine, patch_inputs(spec), spec, UPath(folder), Silent())
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_end_with_the_same_codes_as_one(tmp_path: Path) -> None:
+    alone, history = patched(flip_spec(), tmp_path / "alone")
+    context = multiprocessing.get_context("spawn")
+    folder, meeting = str(tmp_path / "two"), str(tmp_path / "meeting")
+    (tmp_path / "two").mkdir()
+    ranks = [context.Process(target=one_rank, args=(n, meeting, folder)) for n in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert {name: (tmp_path / "two" / name).read_bytes() for name in FILES} == alone
+    lines = (tmp_path / "two" / "history.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [(r["loss"], r["tokens"]) for r in told] == [(r["loss"], r["tokens"]) for r in history]
 
 
 def test_pairs_of_no_wanted_kind_say_so() -> None:
