@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-plan audit clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-plan audit clean
 
 install: $(STAMP)
 
@@ -43,6 +43,9 @@ bench-quantizers: install
 bench-search: install
 	$(BIN)/python -m bench.search
 
+bench-flips: install
+	$(BIN)/python -m bench.flips
+
 bench-speed: install
 	$(BIN)/python -m bench.speed
 
@@ -53,6 +56,12 @@ bench-statistics: install
 
 bench-schedule: install
 	$(BIN)/python -m bench.schedule
+
+bench-ablations: install
+	$(BIN)/python -m bench.ablations
+
+bench-reproduce: install
+	$(BIN)/python -m bench.reproduce
 
 bench-plan: install
 	$(BIN)/python -m bench.plan --out docs/plan-measured.md

@@ -175,12 +175,44 @@ class ChangeSpec(Spec):
     beta: Positive | None = None
 
 
-class PatchSpec(Spec):
-    """The safety patch: masked LoRA on Q0's grid, or a usual repair to compare it with."""
+class KindsSpec(Spec):
+    """What the mean loss of each kind of calibration prompt weighs; 0 leaves the kind out."""
 
-    # dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no objective, mask or grid.
-    method: Literal["masked_lora", "dpo", "sft"] = "masked_lora"
+    harmful: Weight = 1.0
+    benign: Weight = 3.0
+    borderline: Weight = 1.0
+    recombined: Weight = 1.0
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> KindsSpec:
+        if not any(self.model_dump().values()):
+            raise ValueError("every kind has weight 0; give harmful, benign, ... a weight")
+        return self
+
+
+class FlipsSpec(Spec):
+    """Greedy code flips (`patch.method: flips`): single codes go to a neighbour, nothing else."""
+
+    max_flips: AtLeastOne = 800  # codes that may differ from Q0's
+    rounds: AtLeastOne = 150  # of flipping, at most
+    at_once: AtLeastOne = 50  # codes flipped in the first round, and the most in any
+    at_least: AtLeastOne = 4  # fewer are not tried
+    patience: Count = 4  # gradients in a row that may bring nothing
+    rows: AtLeastOne = 160  # rows that a gradient is taken on, evenly over the kinds
+    probe_rows: AtLeastOne = 192  # fixed rows on which the loss must fall
+    kinds: KindsSpec = KindsSpec()
+    remove: bool = True  # afterwards undo flips without which the loss does not rise
+
+
+class PatchSpec(Spec):
+    """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
+
+    # flips: single codes, without an adapter; of what is below it reads objective, flips,
+    # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
+    # objective, mask or grid.
+    method: Literal["masked_lora", "flips", "dpo", "sft"] = "masked_lora"
     objective: ObjectiveSpec = ObjectiveSpec()
+    flips: FlipsSpec = FlipsSpec()
     mask: MaskSpec = MaskSpec()
     through_grid: bool = True  # straight-through rounding in the forward pass
     rank: AtLeastOne = 16
@@ -267,3 +299,8 @@ class ExperimentSpec(Spec):
         if isinstance(data, dict) and isinstance(data.get("quantize"), dict):
             return data | {"quantize": {"method": LlmQatSpec().method} | data["quantize"]}
         return data
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a patch before rounding is measured too: flips are on the grid throughout."""
+        return self.evaluate.adapter and self.patch.method != "flips"

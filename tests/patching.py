@@ -19,6 +19,16 @@ from qresafe.stages.patch_loop import PatchInputs
 from qresafe.stages.runtime import write_table
 
 VOCABULARY = 64
+FLIPS: dict[str, Any] = {
+    "max_flips": 60,
+    "rounds": 8,
+    "at_once": 16,
+    "at_least": 2,
+    "patience": 1,
+    "rows": 6,
+    "probe_rows": 9,
+    "kinds": {"harmful": 1.0, "benign": 2.0, "borderline": 1.0, "recombined": 0.5},
+}
 
 
 def tiny_model(seed: int = 0) -> Any:
@@ -108,6 +118,13 @@ def patch_spec(**changes: Any) -> PatchSpec:
         "checkpoint_every": 3,
     }
     return PatchSpec.model_validate(base | changes)
+
+
+def flip_spec(**changes: Any) -> PatchSpec:
+    """Return a small spec of `method: flips`; `changes` override its keys of `flips`."""
+    objective = {"nll": 1.0, "kl": 0.5, "anchor": 0.3, "kl_tokens": 3}
+    spec = {"method": "flips", "objective": objective, "flips": FLIPS | changes}
+    return patch_spec(**spec)
 
 
 def patch_inputs(spec: PatchSpec, seed: int = 0) -> PatchInputs:

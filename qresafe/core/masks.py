@@ -119,9 +119,26 @@ def iter_top_fraction(
         yield name, cut.mask(scores[name])
 
 
+def iter_top_count(scores: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the bool masks of exactly the `count` largest scores, layer by layer.
+
+    Args:
+        scores: Layer name -> scores >= 0; read one layer at a time, four times.
+        count: At most the number of scores.
+    """
+    for name in scores:
+        _checked(name, scores[name])
+    cut = _cut_at(scores, count)
+    for name in scores:
+        yield name, cut.mask(scores[name])
+
+
 def _cut(scores: Mapping[str, Tensor], tau: float) -> Cut:
     total = sum(_checked(name, scores[name]).numel() for name in scores)
-    rank = round(tau * total)
+    return _cut_at(scores, round(tau * total))
+
+
+def _cut_at(scores: Mapping[str, Tensor], rank: int) -> Cut:
     if rank == 0:
         return Cut(torch.inf, 0)
     quantile = HistogramQuantile(rank)

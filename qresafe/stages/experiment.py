@@ -37,7 +37,7 @@ from qresafe.stages.generate import check_prompts, generate
 from qresafe.stages.harness import harness
 from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
-from qresafe.stages.patch import needs_reference, patch
+from qresafe.stages.patch import check_patchable, needs_reference, patch
 from qresafe.stages.probe import Probe
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
 from qresafe.stages.quantize import check_ready, quantize
@@ -92,6 +92,7 @@ class Experiment:
         prompt_ids(self.tokenizer, "a prompt", self.spec.evaluate.generate.system_prompt)
         self._check_teacher()
         check_ready(self.spec.quantize, self.teacher)
+        check_patchable(self.spec.patch, self.spec.quantize)
         self.run.check()
 
     @cached_property
@@ -158,7 +159,7 @@ class Experiment:
         absent = set()
         if not self.quantized.manifest.counts["control"]:
             absent.add(CONTROL)
-        if not self.spec.evaluate.adapter:
+        if not self.spec.has_adapter:
             absent.add(ADAPTER)
         if self.not_patchable:
             absent |= {Q, ADAPTER}
@@ -248,8 +249,8 @@ class Experiment:
     @cached_property
     def exported(self) -> Artifact:
         """Q in Q0's own format, the patch file, and the unrounded adapter."""
-        adapter = self.spec.evaluate.adapter
-        made = export(self.run, self.quantized, self.patched, self.progress, unrounded=adapter)
+        unrounded = self.spec.has_adapter
+        made = export(self.run, self.quantized, self.patched, self.progress, unrounded=unrounded)
         return self._note("export", made)
 
     def completions(self, arm: str, on: str = EVALUATION) -> Artifact:
@@ -371,7 +372,11 @@ class Experiment:
 
     def _check_teacher(self) -> None:
         teacher, patch = self.spec.pairs.teacher, self.spec.patch
-        if patch.method == "masked_lora" and patch.objective.kl > 0 and self.scorer is None:
+        if (
+            patch.method in ("masked_lora", "flips")
+            and patch.objective.kl > 0
+            and self.scorer is None
+        ):
             what = "the kl term needs the teacher's token distributions, and this teacher has none"
             remedy = "set patch.objective={nll: 1, anchor: 1, kl: 0}, or another teacher"
             raise SpecError(what, where="pairs.teacher", remedy=remedy)

@@ -1,4 +1,4 @@
-"""Stage: train the safety patch of Q0 (paper Algorithm 1), here or on a cluster; or a baseline."""
+"""Stage: the safety patch of Q0, here or on a cluster: Algorithm 1, code flips, or a baseline."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.errors import DataError
+from qresafe.errors import DataError, SpecError
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
+from qresafe.quantize_specs import QuantizeSpec
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
 from qresafe.stages.baseline import BaselineJob
@@ -24,6 +25,7 @@ from qresafe.stages.runtime import Runtime, read_table
 from qresafe.stages.train_engine import LocalEngine, TrainEngine
 
 CODE_VERSION = 1
+BASELINES = ("dpo", "sft")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class PatchJob:
     def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
         """Train as one rank of `engine`; see `train_patch`."""
         from qresafe.hf.checkpoint import load_dense
+        from qresafe.stages.flip_loop import flip_codes
         from qresafe.stages.patch_loop import PatchInputs, train_patch
 
         pool = self.rows()  # first: it is what a user's mistake shows in
@@ -54,7 +57,8 @@ class PatchJob:
         model, quantized = load_dense(path)
         inputs = PatchInputs(model, quantized, pool)
         watch = self.probe.watch(path) if self.probe else None
-        train_patch(engine, inputs, self.spec, folder, progress, watch)
+        make = flip_codes if self.spec.method == "flips" else train_patch
+        make(engine, inputs, self.spec, folder, progress, watch)
 
     def run_local(self, folder: UPath, progress: Progress) -> None:
         """Train in this process, on its GPU if it has one."""
@@ -81,6 +85,8 @@ def patch(
 ) -> Artifact:
     """Train the patch and leave adapter, masks, codes, delta and history (`patch_output`).
 
+    Flips and baselines leave codes, delta and history alone.
+
     Args:
         run: Where the artefact goes.
         q0: The quantized checkpoint.
@@ -106,7 +112,8 @@ def patch(
         job = _job(q0, pairs, reference, spec, probe)
         if start is not None:
             patch_state.adopt(folder, start)
-        progress.start("patch", total_steps(len(job.rows()), spec), "steps")
+        steps = None if spec.method == "flips" else total_steps(len(job.rows()), spec)
+        progress.start("patch", steps, "steps")
         began = time.perf_counter()
         if isinstance(job, PatchJob):
             runtime.train(job, folder, progress)
@@ -135,14 +142,29 @@ def patch(
 def key_spec(spec: PatchSpec) -> dict[str, Any]:
     """Return the part of a patch's spec that its bits depend on."""
     left_out = {"checkpoint_every"} if spec.changes else {"checkpoint_every", "changes"}
+    if spec.method != "flips":
+        left_out.add("flips")
     return spec.model_dump(mode="json", exclude=left_out)
+
+
+def check_patchable(spec: PatchSpec, quantize: QuantizeSpec) -> None:
+    """Find a method of patching that the quantizer's codes do not allow, before anything runs.
+
+    Raises:
+        SpecError: Flips of codes that stand for several weights.
+    """
+    below = getattr(quantize, "base", None) or quantize
+    if spec.method == "flips" and below.method == "aqlm":
+        what = "a code of AQLM stands for several weights and has no neighbours to flip to"
+        raise SpecError(what, where="patch.method", remedy="use masked_lora")
 
 
 def needs_reference(spec: PatchSpec) -> bool:
     """Return whether a patch with this spec reads Q0's own log-probs of the answers."""
-    if spec.method != "masked_lora":
+    if spec.method in BASELINES:
         return False  # TRL takes its own
-    return spec.objective.dpo > 0 or (spec.mask.score == "snip" and spec.mask.loss == "dpo")
+    scored = spec.method == "masked_lora" and spec.mask.score == "snip"
+    return spec.objective.dpo > 0 or (scored and spec.mask.loss == "dpo")
 
 
 def _job(
@@ -153,7 +175,7 @@ def _job(
     probe: Probe | None,
 ) -> PatchJob | BaselineJob:
     rows = str(pairs.path / "pairs.parquet")
-    if spec.method != "masked_lora":
+    if spec.method in BASELINES:
         return BaselineJob(q0, rows, spec)
     where = str(reference.path / "reference.parquet") if reference else None
     return PatchJob(q0, rows, where, spec, probe)

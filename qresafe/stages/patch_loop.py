@@ -21,11 +21,11 @@ from qresafe.core.masked_lora import MaskedLoraLinear, attach
 from qresafe.core.masks import pack_bits, unpack_bits
 from qresafe.core.objectives import objective
 from qresafe.errors import DivergedError, OutOfMemoryError, ResourceError
+from qresafe.failure import is_out_of_memory
 from qresafe.hf.answer_head import AnswerHead
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
-from qresafe.stages.engines import is_out_of_memory
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
 from qresafe.stages.patch_loss import term_losses
 from qresafe.stages.patch_mask import mask_rows, renew_masks
@@ -163,19 +163,13 @@ class PatchLoop:
 
     def resume(self, folder: UPath) -> None:
         """Continue from the newest whole checkpoint in `folder`, if there is one."""
-        found = patch_state.load(folder, self.engine.device)
-        step = found[1]["step"] if found else 0
-        seen = self.engine.all_reduce(torch.tensor(float(step), device=self.engine.device))
-        if float(seen) != step * self.engine.world_size:
-            remedy = "use a storage that all workers share"
-            raise ResourceError(
-                "workers see different checkpoints", where=str(folder), remedy=remedy
-            )
+        found = same_checkpoint(self.engine, folder)
         if found is None:
             return
         tensors, meta = found
-        self.step, self.mask_version, self.history = step, meta["mask_version"], meta["history"]
-        self.engine.load_state(tensors, step)
+        self.step, self.history = meta["step"], meta["history"]
+        self.mask_version = meta["mask_version"]
+        self.engine.load_state(tensors, self.step)
         for name, buffer in self._buffers():
             stored = tensors[f"buffer/{name}"]
             packed = buffer.dtype == torch.bool
@@ -288,6 +282,23 @@ class PatchLoop:
         if not math.isfinite(value):
             remedy = "lower patch.lr, or raise patch.warmup_steps; checkpoints so far are kept"
             raise DivergedError(f"the {what} is {value} at step {self.step + 1}", remedy=remedy)
+
+
+def same_checkpoint(
+    engine: TrainEngine, folder: UPath
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return (tensors, meta) of the newest whole checkpoint, after seeing that all ranks see it.
+
+    Raises:
+        ResourceError: They do not see the same folder.
+    """
+    found = patch_state.load(folder, engine.device)
+    step = found[1]["step"] if found else 0
+    seen = engine.all_reduce(torch.tensor(float(step), device=engine.device))
+    if float(seen) != step * engine.world_size:
+        remedy = "use a storage that all workers share"
+        raise ResourceError("workers see different checkpoints", where=str(folder), remedy=remedy)
+    return found
 
 
 def learning_rate(step: int, spec: PatchSpec) -> float:

@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def _session() -> Iterator[None]:
-    paths = f"{TESTS}:{TESTS / 'dist'}"
+    paths = f"{TESTS.parent}:{TESTS}:{TESTS / 'dist'}"  # this checkout's files, wherever it lies
     ray.init(
         num_cpus=2,
         include_dashboard=False,

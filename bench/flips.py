@@ -1,0 +1,192 @@
+"""Code flips against the LoRA patch on three grids, over seeds: docs/results-flips.md.
+
+    python -m bench.flips                              # every row, seeds 0 to 4
+    python -m bench.flips --grid INT2 --seed 0 --method flips       # one row, e.g. elsewhere
+    python -m bench.flips --page                       # write the page of the rows that are there
+
+A row is one grid, seed and method; its result is one JSON file under --storage, so rows made on
+other machines are copied there, and a run that was stopped continues. Choices are made with
+`--split dev`; the committed page is the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bench.quantizers import AXES, shares
+from qresafe.artifacts import content_key, write_text
+
+HERE = Path(__file__).parent
+Method = Literal["flips", "masked_lora"]
+GRIDS: Mapping[str, Mapping[str, Any]] = {
+    # Lost by the precision itself: self-distillation on benign text.
+    "INT2": {
+        "method": "llm_qat", "bits": 2, "loss": "self_distill", "steps": 80, "lr": 2e-3,
+        "adam_eps": 1e-4, "calibration": {"risk": "I"},
+    },
+    # Lost by fine-tuning on ten harmful chats among ninety benign ones.
+    "INT4": {"method": "llm_qat", "bits": 4, "calibration": {"risk": "III"}},
+    "NF4": {"method": "qlora", "calibration": {"risk": "III"}},
+}  # fmt: skip
+LOOK_EVERY, LOOK_AT = 10, 100  # rounds between two looks, and prompts per axis, for the plot
+
+
+@dataclass(frozen=True)
+class Row:
+    """One grid and seed, patched by one method."""
+
+    grid: str
+    seed: int
+    method: Method
+    split: str
+    patch: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a row showed.
+
+    Attributes:
+        arms: W, Q0 and Q -> measure -> [yes, n], each reloaded from disk.
+        codes, changed: How many codes there are, and how many the patch changed.
+        seconds: Of training the patch, on one thread.
+        curve: {"codes": n, measure: share, ...} on the way, over `LOOK_AT` prompts per axis.
+    """
+
+    row: Row
+    arms: dict[str, dict[str, list[int]]]
+    codes: int
+    changed: int
+    seconds: float
+    curve: list[dict[str, Any]]
+
+
+def main() -> None:
+    """Measure what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=list(GRIDS))
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--method", choices=["flips", "masked_lora"], nargs="+")
+    parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--storage", default=".bench/flips")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
+    parser.add_argument("--page", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    wanted = [
+        row
+        for row in rows(args.seed, args.split)
+        if row.grid in args.grid and row.method in (args.method or ("flips", "masked_lora"))
+    ]
+    if not args.page:
+        measure_all(wanted, args.storage, args.processes, time.time() + 60 * args.minutes)
+    from bench.flips_page import write_page
+
+    kept = [place(args.storage, row) for row in wanted]
+    write_page([read(path) for path in kept if path.exists()], args.split)
+
+
+def rows(seeds: Sequence[int], split: str) -> Iterator[Row]:
+    """Yield every row: the flips of all grids first, then what they are compared with."""
+    for method in ("flips", "masked_lora"):
+        for seed in seeds:
+            yield from (Row(grid, seed, method, split) for grid in GRIDS)  # type: ignore[arg-type]
+
+
+def place(storage: str, row: Row) -> Path:
+    """Return where a row's result is kept."""
+    name = f"{row.grid}-{row.method}-seed{row.seed}-{row.split}"
+    return Path(storage) / "rows" / f"{name}-{content_key(asdict(row))}.json"
+
+
+def read(path: Path) -> Found:
+    """Read a kept result."""
+    data = json.loads(path.read_text())
+    return Found(**data | {"row": Row(**data["row"])})
+
+
+def measure_all(wanted: Sequence[Row], storage: str, processes: int, last_start: float) -> None:
+    """Measure the rows that have no result yet, each in a process of its own."""
+    (Path(storage) / "rows").mkdir(parents=True, exist_ok=True)
+    missing = [row for row in wanted if not place(storage, row).exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+        for task in [pool.submit(measure, row, storage, last_start) for row in missing]:
+            task.result()
+
+
+def measure(row: Row, storage: str, last_start: float) -> None:
+    """Measure one row on one thread and keep the result."""
+    if time.time() > last_start:
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    experiment = experiment_of(row, storage)
+    arms = {arm: shares(experiment, arm) for arm in ("W", "Q0", "Q")}
+    counts = experiment.exported.manifest.counts
+    found = Found(
+        row=row,
+        arms=arms,
+        codes=counts["codes"],
+        changed=counts["codes_changed"],
+        seconds=experiment.patched.manifest.counts["seconds"],
+        curve=curve_of(experiment),
+    )
+    write_text(place(storage, row), json.dumps(asdict(found)))
+    took = time.perf_counter() - began
+    print(f"{row.grid}, seed {row.seed}, {row.method}: {took:.0f} s", flush=True)
+
+
+def experiment_of(row: Row, storage: str) -> Any:
+    """Return the row's experiment, in this process; flips are looked at on the way."""
+    from qresafe.specs import ExperimentSpec
+    from qresafe.stages.experiment import Experiment
+    from qresafe.stages.probe import Probe, choose_prompts
+    from qresafe.stages.runtime import InProcessRuntime
+    from qresafe.stages.seeds import with_seed
+    from qresafe.variants import with_changes
+
+    own = {
+        "name": f"seed{row.seed}",
+        "storage": storage,
+        "control": False,
+        "quantize": dict(GRIDS[row.grid]),
+        "patch": {"method": row.method} | row.patch,
+        "evaluate": {
+            "prompts": [{"axis": axis, "split": row.split} for axis in AXES],
+            "adapter": False,
+        },
+        "resources": {"workers": 0},
+    }
+    spec = with_seed(with_changes(ExperimentSpec(), own), row.seed)
+    made = Experiment(spec, InProcessRuntime())
+    if row.method == "flips":
+        asked = choose_prompts(made.prompts, AXES, LOOK_AT)
+        judges = tuple(name for name in spec.evaluate.judges if isinstance(name, str))
+        made.probe = Probe(LOOK_EVERY, asked, spec.evaluate.generate, judges)
+    return made
+
+
+def curve_of(experiment: Any) -> list[dict[str, Any]]:
+    """Return what was seen on the way, by the number of codes that differed then."""
+    if experiment.probe is None:
+        return []
+    lines = (experiment.patched.path / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    flips = {record["step"]: record["flips"] for record in history}
+    looks = experiment.probe.curve(history)
+    return [look | {"codes": flips[look["step"]]} for look in looks]
+
+
+if __name__ == "__main__":
+    main()
