@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +26,8 @@ from qresafe.integrity import hash_file as hash_file
 from qresafe.leftovers import MARK, aside, sweep
 from qresafe.patience import not_answering, passes, patiently
 from qresafe.progress import Progress
+from qresafe.provenance import git_revision, hardware, versions
 from qresafe.redaction import redact
-
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "compressed-tensors", "bitsandbytes")
 
 
 class Manifest(BaseModel):
@@ -376,36 +371,3 @@ def check_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(probe, "")
         probe.unlink()
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on, without importing them."""
-    found = {"python": platform.python_version()}
-    for package in ("qresafe", *PACKAGES):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def hardware() -> dict[str, Any]:
-    """Return what a reader needs to judge a timing."""
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "system": platform.system()}
-
-
-@cache
-def git_revision() -> str | None:
-    """Return the project's git revision, with `+` if the tree has changes; None outside git."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -39,7 +39,7 @@ LEAVES |= {
     "quantize_specs",
     "signing",
 }
-LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants"}
+LEAVES |= {"storage", "jsonl", "qresafe", "search_space", "search_spec", "variants", "provenance"}
 ROWS: list[set[str]] = [
     LEAVES,
     {"core"},

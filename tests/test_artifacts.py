@@ -150,7 +150,7 @@ def test_the_manifest_explains_the_result(run: Run) -> None:
 
 def test_versions_are_read_without_importing() -> None:
     code = (
-        "import sys; from qresafe.artifacts import versions; versions();"
+        "import sys; from qresafe.provenance import versions; versions();"
         "print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

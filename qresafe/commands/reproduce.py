@@ -149,7 +149,7 @@ def _command(name: str, preset: str, rows: list[FilledRow], overrides: list[str]
 def _when_and_where() -> str:
     from datetime import UTC, datetime
 
-    from qresafe.artifacts import hardware
+    from qresafe.provenance import hardware
 
     machine = hardware()
     return f"{datetime.now(UTC):%Y-%m-%d}, {machine['cpus']} CPU cores ({machine['machine']})"

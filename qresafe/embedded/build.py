@@ -15,7 +15,7 @@ from typing import Any
 
 from upath import UPath
 
-from qresafe.artifacts import content_key, hash_folder, versions, write_text
+from qresafe.artifacts import content_key, hash_folder, write_text
 from qresafe.embedded.calibration import Chat
 from qresafe.embedded.scoring import development_figures
 from qresafe.embedded.tokenizer import train_tokenizer
@@ -23,6 +23,7 @@ from qresafe.embedded.training import alignment_chats, corpus_key, helpful_chats
 from qresafe.errors import CorruptArtifactError
 from qresafe.integrity import damage, tell
 from qresafe.progress import Progress, Silent
+from qresafe.provenance import versions
 
 SHIPPED_SEED = 0
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from qresafe.artifacts import git_revision, hardware, versions, write_text
+from qresafe.artifacts import write_text
+from qresafe.provenance import git_revision, hardware, versions
 from qresafe.redaction import redact_data
 from qresafe.search_spec import Search
 from qresafe.stages.report import environment
