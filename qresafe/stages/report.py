@@ -16,16 +16,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from upath import UPath
 
-from qresafe.artifacts import (
-    Artifact,
-    Run,
-    content_key,
-    git_revision,
-    hardware,
-    versions,
-    write_text,
-)
+from qresafe.artifacts import Artifact, Run, content_key, write_text
 from qresafe.progress import Progress
+from qresafe.provenance import git_revision, hardware, versions
 from qresafe.redaction import redact_data
 from qresafe.stages import report_parts as parts
 from qresafe.stages import report_view as view
