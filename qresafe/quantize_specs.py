@@ -57,6 +57,31 @@ class BnbSpec(Spec):
     skip: tuple[str, ...] = ("lm_head",)
 
 
+class SafetySpec(Spec):
+    """What safety-in-mind LLM-QAT adds to its loss: terms on W's own answers."""
+
+    dpo: Weight = 1.0  # W's refusals over what plain fine-tuning answers instead
+    anchor: Weight = 1.0  # -log p of W's answers to benign and borderline prompts
+    beta: Positive = 0.1  # of the DPO loss, with W as its reference
+    harmful: Count = 300  # calibration prompts of each kind, of the embedded pool or `path`
+    benign: Count = 150
+    borderline: Count = 150
+    path: str | None = None  # a file with columns prompt, axis instead of the embedded pool
+    batch_size: AtLeastOne = 16  # rows of each term at every step
+    judge: str = "keyword"  # decides which answers are refusals
+    max_new_tokens: AtLeastOne = 64
+
+    @model_validator(mode="after")
+    def _terms_with_rows(self) -> SafetySpec:
+        if not (self.dpo or self.anchor):
+            raise ValueError("both terms have weight 0; leave out quantize.safety, or weigh one")
+        if self.dpo and not self.harmful:
+            raise ValueError("the dpo term needs harmful prompts; raise harmful, or set dpo to 0")
+        if self.anchor and not (self.benign or self.borderline):
+            raise ValueError("the anchor term needs prompts; raise benign, or set anchor to 0")
+        return self
+
+
 class LlmQatSpec(Spec):
     """Quantization-aware fine-tuning with a straight-through estimator (LLM-QAT)."""
 
@@ -76,6 +101,7 @@ class LlmQatSpec(Spec):
     weight_decay: Weight = 0.0
     # Adam's 1e-8 lets a self-distillation control drift on float noise (DESIGN section 8, point 8).
     adam_eps: Positive = 1e-8
+    safety: SafetySpec | None = None  # None: plain LLM-QAT
     seed: int = 0
 
 

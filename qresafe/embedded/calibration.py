@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from qresafe.embedded.corpus import Question, Task, ask, prompt_table, tasks
-from qresafe.errors import DataError
+from qresafe.errors import DataError, nearest
 from qresafe.hf.tables import read_table
 from qresafe.jsonl import read_jsonl
-from qresafe.quantize_specs import CalibrationSpec, Critical16Spec
+from qresafe.quantize_specs import CalibrationSpec, Critical16Spec, SafetySpec
 from qresafe.specs import PairsSpec
 
 Chat = list[dict[str, str]]
@@ -95,6 +95,35 @@ def harmful_texts(spec: Critical16Spec) -> list[str]:
     return texts[: spec.harmful]
 
 
+def safety_prompts(spec: SafetySpec, seed: int) -> list[tuple[str, str]]:
+    """Return (kind, prompt) of what W answers for safety-in-mind fine-tuning.
+
+    Args:
+        spec: How many of each kind, of the embedded pool or of the user's file; none of a kind
+            that only a term of weight 0 would read.
+        seed: Of the choice among the embedded prompts.
+
+    Raises:
+        DataError: The file has no column prompt or axis, an axis is no kind, or a term finds no
+            prompt.
+    """
+    counts = {"harmful": spec.harmful if spec.dpo else 0}
+    counts |= {k: getattr(spec, k) if spec.anchor else 0 for k in ("benign", "borderline")}
+    if spec.path is None:
+        wanted = PairsSpec().model_copy(update=counts | {"recombined": 0, "seed": seed})
+        pool = calibration_prompts(wanted).to_pylist()
+        return [(row["axis"], row["prompt"]) for row in pool]
+    rows = _kinds_and_prompts(spec.path, tuple(counts))
+    by_kind = {kind: [row for row in rows if row[0] == kind][:n] for kind, n in counts.items()}
+    remedy = "add some, or set the weight of their term to 0"
+    if spec.dpo and not by_kind["harmful"]:
+        raise DataError("the file holds no harmful prompts", where=spec.path, remedy=remedy)
+    if spec.anchor and not (by_kind["benign"] or by_kind["borderline"]):
+        what = "the file holds no benign or borderline prompts"
+        raise DataError(what, where=spec.path, remedy=remedy)
+    return [row for rows in by_kind.values() for row in rows]
+
+
 def chat(prompt: str, answer: str, system: str | None = None) -> Chat:
     """Return a one-turn chat as messages."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
@@ -136,6 +165,23 @@ def read_chats(path: str | Path) -> list[Chat]:
     if not rows:
         raise DataError("the file holds no chats", where=str(path), remedy="add at least one line")
     return [_chat(row, where) for where, row in rows]
+
+
+def _kinds_and_prompts(path: str, kinds: tuple[str, ...]) -> list[tuple[str, str]]:
+    table = read_table(path, "train")
+    for column in ("prompt", "axis"):
+        if column not in table.column_names:
+            remedy = "give every prompt its axis: " + ", ".join(kinds)
+            raise DataError(f"no column {column!r}", where=path, remedy=remedy)
+    rows = table.select(["axis", "prompt"]).to_pylist()
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        if row["axis"] not in kinds:
+            remedy = nearest(str(row["axis"]), kinds)
+            raise DataError(f"axis {row['axis']!r}", where=where, remedy=remedy)
+        if not str(row["prompt"] or "").strip():
+            raise DataError("an empty prompt", where=where, remedy="remove the row")
+    return [(row["axis"], str(row["prompt"])) for row in rows]
 
 
 def _recombined(count: int, rng: random.Random) -> list[Question]:

@@ -17,6 +17,7 @@ from qresafe.progress import Progress, Silent
 Chat = tuple[list[int], list[int]]  # prompt ids, answer ids (with the end token)
 Loss = Literal["cross_entropy", "self_distill"]
 BatchLoss = Callable[[list[Chat]], Tensor]
+ExtraLoss = Callable[[Any], Tensor]  # of the model as it is at a step
 
 _BUCKET = 16  # batches that are sorted by length together: little padding, still well shuffled
 
@@ -31,6 +32,7 @@ def finetune(
     lr: float,
     loss: Loss = "cross_entropy",
     teacher: Any | None = None,
+    extra: ExtraLoss | None = None,
     warmup_steps: int = 5,
     weight_decay: float = 0.0,
     adam_betas: tuple[float, float] = (0.9, 0.98),
@@ -55,6 +57,7 @@ def finetune(
         loss: "cross_entropy" against the tokens, or "self_distill": against the full next-token
             distribution of `teacher` at the same positions.
         teacher: The model to distil from; needed by "self_distill" only.
+        extra: Called once a step; what it returns is added to the loss.
         warmup_steps: Steps of the linear rise.
         weight_decay: AdamW's decoupled decay.
         adam_betas: AdamW's momentum factors.
@@ -64,7 +67,7 @@ def finetune(
         progress: Is advanced by one each step, with the loss as its note.
 
     Returns:
-        The loss of each step, in nats per answer token.
+        The loss of each step, in nats per answer token, `extra` included.
 
     Raises:
         DataError: There are no chats, or a chat has an empty prompt or answer.
@@ -86,6 +89,8 @@ def finetune(
     history: list[float] = []
     for _ in range(steps):
         value = batch_loss([chats[index] for index in next(batches)])
+        if extra is not None:
+            value = value + extra(model)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)

@@ -7,6 +7,7 @@ fine-tuning without any rounding: it tells how much of a loss the fine-tuning al
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qresafe.core.grids import QuantizedTensor, UniformGrid, fit_uniform, straight_through
-from qresafe.embedded.calibration import calibration_chats
+from qresafe.embedded.calibration import calibration_chats, safety_prompts
 from qresafe.errors import ModelError
 from qresafe.hf.chat import chat_ids
 from qresafe.hf.finetune import Chat, finetune, total_steps
@@ -26,6 +27,8 @@ from qresafe.hf.writing import Scheme, write_plain, write_quantized
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import LlmQatSpec
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, layers_to_quantize
+from qresafe.quantizers.safety_terms import SafetyTerms, safety_terms
+from qresafe.registry import judges
 from qresafe.storage import local_folder
 
 KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -42,11 +45,12 @@ def quantize(
     """Write `target/checkpoint` (compressed-tensors) and `target/control`; see `Quantizer`.
 
     Trains in float32 with AdamW: 16 bytes per weight of memory, plus the teacher for
-    self-distillation. Only the quantized layers are trained, in both arms.
+    self-distillation. Only the quantized layers are trained, in both arms. With `spec.safety` the
+    control comes without the safety terms, and is trained in any case: they need its answers.
 
     Raises:
         ModelError: A layer does not fit the group size or the key/value rounding.
-        DataError: A user's calibration file is malformed.
+        DataError: A user's calibration file is malformed, or the safety terms find no rows.
     """
     source = local_folder(model_path)
     names = planned(source, spec)
@@ -54,18 +58,23 @@ def quantize(
     chats = [chat_ids(tokenizer, chat) for chat in calibration_chats(spec.calibration, spec.seed)]
     steps = total_steps(spec.steps, spec.epochs, len(chats), spec.batch_size)
     spec = spec.model_copy(update={"steps": steps})
+    train_control = control or spec.safety is not None
     shown = progress or Silent()
-    shown.start("quantize", steps * (2 if control else 1), "steps")
+    shown.start("quantize", steps * (2 if train_control else 1), "steps")
     scheme = Scheme(spec.bits, spec.group_size, spec.symmetric, spec.activation_bits, spec.kv_bits)
-    rounded, losses = _train(source, names, chats, spec, scheme, shown)
+    counts: dict[str, Any] = {"layers": len(names), "chats": len(chats)}
+    if train_control:
+        weights, counts["control_losses"] = _train(source, names, chats, spec, None, shown)
+        replaced = {f"{name}.weight": weight for name, weight in weights.items()}
+        write_plain(target / CONTROL, source, replaced)
+    terms = safety_terms(source, target / CONTROL, spec.safety, spec.seed) if spec.safety else None
+    rounded, counts["losses"] = _train(source, names, chats, spec, scheme, shown, terms)
     write_quantized(target / CHECKPOINT, source, _final(rounded, source, scheme), scheme)
-    counts: dict[str, Any] = {"layers": len(names), "chats": len(chats), "losses": losses}
-    if not control:
-        return QuantizeResult(counts)
-    weights, counts["control_losses"] = _train(source, names, chats, spec, None, shown)
-    replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-    write_plain(target / CONTROL, source, replaced)
-    return QuantizeResult(counts, target / CONTROL)
+    if terms:
+        counts["safety"] = terms.counts()
+    if train_control and not control:
+        shutil.rmtree(target / CONTROL)
+    return QuantizeResult(counts, target / CONTROL if control else None)
 
 
 def planned(source: Path, spec: LlmQatSpec) -> list[str]:
@@ -74,6 +83,9 @@ def planned(source: Path, spec: LlmQatSpec) -> list[str]:
     if spec.kv_bits < 16 and not any(name.endswith(KEYS_AND_VALUES) for name in names):
         remedy = "set quantize.kv_bits to 16"
         raise ModelError("the model has no separate k_proj and v_proj layers", remedy=remedy)
+    if spec.safety:
+        judges.get(spec.safety.judge)
+        safety_prompts(spec.safety, spec.seed)
     return names
 
 
@@ -101,6 +113,7 @@ def _train(
     spec: LlmQatSpec,
     scheme: Scheme | None,
     progress: Progress,
+    terms: SafetyTerms | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Fine-tune with (`scheme`) or without (None) rounding: latent weights by layer, losses."""
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -123,6 +136,7 @@ def _train(
             lr=spec.lr,
             loss=spec.loss,
             teacher=teacher,
+            extra=terms.loss if terms else None,
             weight_decay=spec.weight_decay,
             adam_eps=spec.adam_eps,
             seed=spec.seed,

@@ -9,13 +9,13 @@ from typing import Any
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run, content_key
-from qresafe.embedded.calibration import calibration_chats, harmful_texts
+from qresafe.embedded.calibration import calibration_chats, harmful_texts, safety_prompts
 from qresafe.hf.checkpoint import bits_per_weight
 from qresafe.hf.gguf_folder import gguf_file
 from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
-from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, QuantizeSpec
+from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, LlmQatSpec, QuantizeSpec
 from qresafe.quantizers.checkpoint import find
 from qresafe.registry import judges, planned_layers, quantizers
 from qresafe.specs import ModelSpec
@@ -111,17 +111,18 @@ def _sizes(checkpoint: Path, counts: Mapping[str, Any]) -> dict[str, float]:
 def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
     """Return what of a spec decides the bits.
 
-    Epochs that nobody asked for do not, nor does where a finished checkpoint lies: its content is
-    an input.
+    What nobody asked for does not, nor does where a finished checkpoint lies: its content is an
+    input.
     """
     elsewhere = {"path", "revision"} if isinstance(spec, CheckpointSpec) else set()
     data: dict[str, Any] = spec.model_dump(mode="json", exclude=elsewhere)
-    return _without_epochs(data)
+    return _without_unasked(data)
 
 
-def _without_epochs(data: dict[str, Any]) -> dict[str, Any]:
-    nested = {k: _without_epochs(v) if isinstance(v, dict) else v for k, v in data.items()}
-    return {k: v for k, v in nested.items() if (k, v) != ("epochs", None)}
+def _without_unasked(data: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _without_unasked(v) if isinstance(v, dict) else v for k, v in data.items()}
+    unasked = [("epochs", None), ("safety", None)]
+    return {k: v for k, v in nested.items() if (k, v) not in unasked}
 
 
 def _checkpoint(spec: QuantizeSpec) -> dict[str, str]:
@@ -139,6 +140,8 @@ def _calibration(spec: QuantizeSpec) -> dict[str, str]:
     if calibration is not None:
         chats = calibration_chats(calibration, getattr(spec, "seed", 0))
         inputs["calibration"] = content_key(chats)
+    if isinstance(spec, LlmQatSpec) and spec.safety:
+        inputs["safety prompts"] = content_key(safety_prompts(spec.safety, spec.seed))
     if isinstance(spec, Critical16Spec):
         inputs["prompts"] = content_key(harmful_texts(spec))
         inputs |= {f"base {name}": key for name, key in _calibration(spec.base).items()}

@@ -11,14 +11,16 @@ from qresafe.artifacts import Run
 from qresafe.errors import SpecError
 from qresafe.hf.models import ModelRef, resolve
 from qresafe.hf.warm import ModelInput
-from qresafe.quantize_specs import CalibrationSpec, Critical16Spec, LlmQatSpec, RtnSpec
+from qresafe.quantize_specs import CalibrationSpec, Critical16Spec, LlmQatSpec, RtnSpec, SafetySpec
 from qresafe.specs import ModelSpec
 from qresafe.stages.quantize import _calibration, _key_spec, check_ready, quantize
 
 
-def test_epochs_are_in_the_key_only_where_somebody_asked_for_them() -> None:
+def test_what_nobody_asked_for_is_not_in_the_key() -> None:
     assert "epochs" not in _key_spec(LlmQatSpec())
     assert _key_spec(LlmQatSpec(epochs=2))["epochs"] == 2
+    assert "safety" not in _key_spec(LlmQatSpec())
+    assert _key_spec(LlmQatSpec(safety=SafetySpec()))["safety"]["dpo"] == 1
     nested = Critical16Spec(base=LlmQatSpec())
     assert "epochs" not in _key_spec(nested)["base"]
 
