@@ -26,6 +26,7 @@ LEAVES |= {
     "failure",
     "progress_file",
     "driving",
+    "metrics",
     "driver_lock",
     "storage",
     "jsonl",

@@ -18,6 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
+from qresafe.dist.metrics import send_to_ray
 from qresafe.stages.runtime import Batch, BatchFunction, BatchJob, Row, compute_part, cpu_threads
 
 # A batch whose worker died so often is not tried again: most likely it needs too much memory.
@@ -37,6 +38,7 @@ class Engine:
         self._device, self._threads = "cuda" if gpus else "cpu", threads
         self._call = ""
         self._function: BatchFunction | None = None
+        send_to_ray()
 
         import qresafe.hf.generate
         import qresafe.hf.warm  # noqa: F401

@@ -15,9 +15,11 @@ from upath import UPath
 
 from qresafe.artifacts import disk_errors, is_local
 from qresafe.dist.board import Board, Posted, shown
+from qresafe.dist.metrics import send_to_ray
 from qresafe.dist.settings import defaults
 from qresafe.errors import ResourceError, UserError, located, place_of
 from qresafe.failure import here, kind_of
+from qresafe.metrics import place, record
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec, ResourcesSpec
 from qresafe.stages.runtime import TrainJob, cpu_threads
@@ -91,6 +93,9 @@ def _worker(config: dict[str, Any]) -> None:
     if ray.get(board.error.remote()) is not None:
         return  # this group was started again only to end
     engine = make_engine(get_device(), job.spec.zero_stage)
+    send_to_ray()
+    if engine.rank == 0 and ray.get(board.begin.remote()):
+        record("qresafe_restarts", 1, place(config["folder"]))
     progress: Progress = Silent() if engine.rank else Posted(board)
     try:
         with (
