@@ -27,6 +27,7 @@ LEAVES |= {
     "progress_file",
     "driving",
     "metrics",
+    "process_log",
     "driver_lock",
     "storage",
     "jsonl",

@@ -23,6 +23,7 @@ from qresafe.core.masks import pack_bits, unpack_bits
 from qresafe.core.objectives import objective
 from qresafe.errors import DivergedError, ResourceError
 from qresafe.hf.answer_head import AnswerHead
+from qresafe.process_log import log
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
@@ -95,6 +96,8 @@ def train_patch(
 
 def _tell(record: Mapping[str, Any], rank: int, folder: UPath) -> None:
     """Record a step's figures; what is equal on all ranks is told by one."""
+    told = "step %d: loss %.4f, %d tokens, %.2f s"
+    log.info(told, record["step"], record["loss"], record["tokens"], record["seconds"])
     labels = metrics.place(folder) | {"rank": str(rank)}
     metrics.record("qresafe_step_seconds", record["seconds"], labels)
     record_gpu(labels)

@@ -21,6 +21,7 @@ from qresafe import metrics
 from qresafe.artifacts import write_bytes
 from qresafe.errors import located
 from qresafe.failure import here
+from qresafe.process_log import log, logged
 from qresafe.progress import Progress
 
 Row = dict[str, Any]
@@ -120,14 +121,14 @@ class InProcessRuntime:
         tally = Tally(progress)
         todo = tally.skip_finished(batches, parts)
         if todo:
-            with cpu_threads(self.threads):
+            with logged(parts, 0), cpu_threads(self.threads):
                 function = job.setup(self.device)
                 for batch in todo:
                     tally.add(compute_part(function, batch, parts))
         return tally.spent()
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
-        with cpu_threads(self.threads):
+        with logged(folder, 0), cpu_threads(self.threads):
             job.run_local(folder, progress)
 
     def close(self) -> None:
@@ -155,9 +156,11 @@ def compute_part(function: BatchFunction, batch: Batch, parts: UPath) -> Made:
     write_table(part_path(parts, batch.index), table)
     tokens = sum(table["new_tokens"].to_pylist()) if "new_tokens" in table.column_names else 0
     made = Made(batch.index, len(batch.rows), tokens, began)
+    seconds = time.time() - began
+    log.info("batch %d: %d rows, %d tokens, %.1f s", made.index, made.rows, tokens, seconds)
     if metrics.recording():
         labels = metrics.place(parts)
-        metrics.record("qresafe_batch_seconds", time.time() - began, labels)
+        metrics.record("qresafe_batch_seconds", seconds, labels)
         record_batch(made, table, labels)
     return made
 
@@ -177,9 +180,11 @@ def record_batch(made: Made, table: pa.Table, labels: Mapping[str, str]) -> None
 
 def record_gpu(labels: Mapping[str, str]) -> None:
     """Record this process's GPU memory, if it has a GPU."""
+    if not metrics.recording():
+        return
     import torch
 
-    if metrics.recording() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         metrics.record("qresafe_gpu_bytes", torch.cuda.max_memory_allocated(), labels)
 
 
