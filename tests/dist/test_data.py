@@ -223,9 +223,13 @@ def refuse(row: Row) -> None:
 def test_a_users_mistake_keeps_its_sentence(cluster: RayRuntime, tmp_path: Path) -> None:
     job = Noting(str(tmp_path / "log"), action=refuse)
     with pytest.raises(ModelError, match=r"^no such model in row 3: choose another\.$") as caught:
-        cluster.map_batches(job, batches(2), UPath(tmp_path / "parts"), Silent())
+        folder = UPath(tmp_path / "runs" / "a" / "judge" / "key")
+        cluster.map_batches(job, batches(2), folder / "parts", Silent())
     place = place_of(caught.value)
     assert place["process"] in pids(tmp_path / "log")
+    told = Path(place["log"]).read_text()
+    assert f"process {place['process']} on {place['host']}\n" in told
+    assert "ERROR ModelError: no such model in row 3: choose another." in told
     assert place["records"] == ["0", "1"]  # its rows have no ids: places in the batch
 
 
