@@ -15,6 +15,7 @@ from contextlib import suppress
 from pydantic import BaseModel, ConfigDict
 from upath import UPath
 
+from qresafe import metrics
 from qresafe.artifacts import is_local, write_text
 from qresafe.progress import Part, Stack
 
@@ -115,10 +116,19 @@ class ProgressFile(Stack):
 
     def _keep(self) -> None:
         while True:
+            now = self.now()
             with suppress(Exception):  # it is only a display; the next time will do
-                write_text(self._path, self.now().model_dump_json())
+                for stage in now.stages:
+                    self._record(stage)
+                write_text(self._path, now.model_dump_json())
             if self._ended_all.wait(self._seconds):
                 return
+
+    def _record(self, stage: StageProgress) -> None:
+        labels = {"run": self._path.parent.name, "stage": stage.stage}
+        metrics.record("qresafe_stage_done", stage.done, labels)
+        if stage.total is not None:
+            metrics.record("qresafe_stage_total", stage.total, labels)
 
 
 def read_progress(root: UPath) -> RunProgress | None:

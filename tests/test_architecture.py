@@ -26,6 +26,8 @@ LEAVES |= {
     "failure",
     "progress_file",
     "driving",
+    "metrics",
+    "process_log",
     "driver_lock",
     "integrity",
     "patience",

@@ -21,6 +21,12 @@ class Board:
     def __init__(self) -> None:
         self._state: tuple[int, str] = (0, "")
         self._error: UserError | None = None
+        self._groups = 0
+
+    def begin(self) -> int:
+        """Note that a group of workers begins; return how many did before."""
+        self._groups += 1
+        return self._groups - 1
 
     def post(self, done: int, note: str) -> None:
         self._state = (done, note)

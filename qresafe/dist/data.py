@@ -17,6 +17,7 @@ from upath import UPath
 from qresafe import errors
 from qresafe.dist.engines import TRIES_PER_BATCH, dump_batch, load_batch
 from qresafe.failure import LOST, OUT_OF_MEMORY, is_out_of_memory, kind_of
+from qresafe.process_log import log_path
 from qresafe.specs import ResourcesSpec
 from qresafe.stages.runtime import Batch, BatchJob, Made, record_ids
 
@@ -52,7 +53,7 @@ class Lease:
         try:
             return {"made": ray.get(sent)}
         except RayActorError as error:
-            return {"failure": _dump_error(_died(error, load_batch(batch)))}
+            return {"failure": _dump_error(_died(error, load_batch(batch), self._parts))}
         except Exception as error:
             return {"failure": _dump_error(error)}
 
@@ -121,13 +122,14 @@ def in_flight(batches: int, actors: int) -> int:
     return 2 if batches >= RESERVE_FROM * actors else 1
 
 
-def _died(error: RayActorError, batch: Batch) -> errors.ResourceError:
+def _died(error: RayActorError, batch: Batch, parts: UPath) -> errors.ResourceError:
     """Return what to say of a batch that has lost its worker too often."""
     what = f"a worker died {TRIES_PER_BATCH} times on the same batch"
     remedy = "most often memory runs out: lower the batch size"
-    told = errors.ResourceError(what, remedy=remedy)
+    logs = str(log_path(parts, "*") or "")
+    told = errors.ResourceError(what, remedy=f"{remedy}; see {logs}" if logs else remedy)
     kind = OUT_OF_MEMORY if is_out_of_memory(error) else LOST
-    vars(told)["place"] = {"kind": kind, "records": record_ids(batch.rows)}
+    vars(told)["place"] = {"kind": kind, "records": record_ids(batch.rows), "log": logs}
     return told
 
 

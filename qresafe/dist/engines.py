@@ -18,6 +18,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
+from qresafe.dist.metrics import send_to_ray
+from qresafe.process_log import logged
 from qresafe.stages.runtime import Batch, BatchFunction, BatchJob, Row, compute_part, cpu_threads
 
 # A batch whose worker died so often is not tried again: most likely it needs too much memory.
@@ -31,13 +33,16 @@ class Engine:
     Args:
         gpus: CUDA device numbers as in CUDA_VISIBLE_DEVICES, or "" for the CPU.
         threads: CPU threads of every computation, equal on all engines so that results are too.
+        number: Which of its session's engines it is; its log has it in its name.
     """
 
-    def __init__(self, gpus: str, threads: int) -> None:
+    def __init__(self, gpus: str, threads: int, number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # has its effect when CUDA starts
         self._device, self._threads = "cuda" if gpus else "cpu", threads
+        self._number = number
         self._call = ""
         self._function: BatchFunction | None = None
+        send_to_ray()
 
         import qresafe.hf.generate
         import qresafe.hf.warm  # noqa: F401
@@ -54,7 +59,7 @@ class Engine:
         Returns:
             `Made.row()` of the part.
         """
-        with cpu_threads(self._threads):
+        with logged(parts, self._number), cpu_threads(self._threads):
             if self._function is None or call != self._call:
                 self._function, self._call = job.setup(self._device), call
             return compute_part(self._function, load_batch(batch), parts).row()
@@ -82,6 +87,7 @@ class Stable:
     most: int
     _free: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
     _lent: dict[str, tuple[tuple[str, str], Any]] = field(default_factory=dict)
+    _started: int = 0
 
     def lend(self, borrower: str, node: str, gpus: str) -> Any:
         """Return an engine on `node` for these GPUs; to the same borrower there the same one.
@@ -131,7 +137,8 @@ class Stable:
             max_task_retries=TRIES_PER_BATCH - 1,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
-        return remote.remote(gpus, self.threads)
+        number, self._started = self._started, self._started + 1
+        return remote.remote(gpus, self.threads, number)
 
 
 def dump_batch(batch: Batch) -> str:

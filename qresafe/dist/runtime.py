@@ -18,7 +18,9 @@ from upath import UPath
 from qresafe.artifacts import is_local
 from qresafe.dist import autoscaler, data, vllm
 from qresafe.dist.engines import Stable
+from qresafe.dist.metrics import send_to_ray
 from qresafe.errors import ResourceError
+from qresafe.metrics import send_to
 from qresafe.progress import Progress
 from qresafe.specs import ResourcesSpec
 from qresafe.stages.engines import VllmJob
@@ -80,6 +82,7 @@ class RayRuntime:
         if self._opened:
             connect(resources.address)
         self.startup_seconds = round(time.perf_counter() - began, 3)
+        send_to_ray()
         here = ray.get_runtime_context().get_node_id()
         # On the driver's node: when that node is lost, the experiment is lost anyway.
         placed = NodeAffinitySchedulingStrategy(here, soft=False)
@@ -130,6 +133,7 @@ class RayRuntime:
         """End the engines, and the Ray session if this runtime opened it."""
         ray.kill(self._stable)
         if self._opened:
+            send_to(None)
             ray.shutdown()
 
     def _opened_locally(self) -> bool:

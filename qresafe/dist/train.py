@@ -15,9 +15,12 @@ from upath import UPath
 
 from qresafe.artifacts import disk_errors, is_local
 from qresafe.dist.board import Board, Posted, shown
+from qresafe.dist.metrics import send_to_ray
 from qresafe.dist.settings import defaults
 from qresafe.errors import ResourceError, UserError, located, place_of
 from qresafe.failure import here, kind_of
+from qresafe.metrics import place, record
+from qresafe.process_log import end_log, log_path, logged
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec, ResourcesSpec
 from qresafe.stages.runtime import TrainJob, cpu_threads
@@ -71,9 +74,10 @@ def run(
             _trainer(config, folder, resources, callbacks).fit()
     except TrainingFailedError as error:
         what = " ".join(str(error).split())[-300:]
-        remedy = "see the Ray logs of the workers; run again to continue from the last checkpoint"
+        logs = log_path(folder, "*") or "the Ray logs of the workers"
+        remedy = f"see {logs}; run again to continue from the last checkpoint"
         failure: UserError = ResourceError(f"training failed ({what})", remedy=remedy)
-        vars(failure)["place"] = _place_of_first(error)
+        vars(failure)["place"] = _place_of_first(error, folder)
         raise (_error(board) or failure) from error
     else:
         if raised := _error(board):
@@ -91,10 +95,14 @@ def _worker(config: dict[str, Any]) -> None:
     if ray.get(board.error.remote()) is not None:
         return  # this group was started again only to end
     engine = make_engine(get_device(), job.spec.zero_stage)
+    send_to_ray()
+    if engine.rank == 0 and ray.get(board.begin.remote()):
+        record("qresafe_restarts", 1, place(config["folder"]))
     progress: Progress = Silent() if engine.rank else Posted(board)
     try:
         with (
             located(**here(rank=engine.rank)),
+            logged(config["folder"], engine.rank),
             cpu_threads(config["threads"]),
             disk_errors(str(config["folder"])),
         ):
@@ -105,6 +113,8 @@ def _worker(config: dict[str, Any]) -> None:
         ray.get(board.fail.remote(error))
         if engine.world_size > 1:
             raise
+    finally:
+        end_log()  # Ray may end this process at once
 
 
 def _trainer(
@@ -149,11 +159,14 @@ def _settings(resources: ResourcesSpec) -> AbstractContextManager[None]:
     )
 
 
-def _place_of_first(error: TrainingFailedError) -> dict[str, Any]:
+def _place_of_first(error: TrainingFailedError, folder: UPath) -> dict[str, Any]:
     """Return where training failed first: the lowest rank that is known to have raised."""
     failures = getattr(error, "worker_failures", {})
-    found = [{"rank": r, "kind": kind_of(e)} | place_of(e) for r, e in sorted(failures.items())]
-    return found[0] if found else {}
+    for rank, failed in sorted(failures.items()):
+        # A rank that was killed could not say where its log is.
+        known = {"rank": rank, "kind": kind_of(failed), "log": str(log_path(folder, rank) or "")}
+        return known | place_of(failed)
+    return {}
 
 
 def _error(board: Any) -> UserError | None:

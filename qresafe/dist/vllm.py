@@ -17,11 +17,12 @@ import ray
 import ray.data
 from upath import UPath
 
+from qresafe import metrics
 from qresafe.hf.chat import end_id
 from qresafe.hf.models import load_tokenizer
 from qresafe.specs import GenerateSpec, ResourcesSpec
 from qresafe.stages.engines import ANSWER, VllmJob, answer_row
-from qresafe.stages.runtime import Batch, Made, Row, part_path, write_table
+from qresafe.stages.runtime import Batch, Made, Row, part_path, record_batch, write_table
 from qresafe.stages.served import check_vllm
 
 ERROR = "__inference_error__"  # ray.data.llm's column for rows that failed
@@ -112,8 +113,11 @@ def collect(
         came[index][place] = answer(asked[index][place], result, tokenizer)
         if len(came[index]) == len(asked[index]):
             answers = [row for _, row in sorted(came.pop(index).items())]
-            write_table(part_path(parts, index), pa.Table.from_pylist(answers, schema=ANSWER))
-            yield Made(index, len(answers), sum(row["new_tokens"] for row in answers), began)
+            table = pa.Table.from_pylist(answers, schema=ANSWER)
+            write_table(part_path(parts, index), table)
+            made = Made(index, len(answers), sum(row["new_tokens"] for row in answers), began)
+            record_batch(made, table, metrics.place(parts))
+            yield made
 
 
 def answer(request: Row, result: Row, tokenizer: Any) -> Row:

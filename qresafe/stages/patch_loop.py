@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from upath import UPath
 
+from qresafe import metrics
 from qresafe.core.grids import QuantizedTensor
 from qresafe.core.masked_lora import MaskedLoraLinear, attach
 from qresafe.core.masks import pack_bits, unpack_bits
@@ -23,6 +24,7 @@ from qresafe.core.objectives import objective
 from qresafe.errors import DivergedError, OutOfMemoryError, ResourceError
 from qresafe.failure import is_out_of_memory
 from qresafe.hf.answer_head import AnswerHead
+from qresafe.process_log import log
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
@@ -30,6 +32,7 @@ from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_step
 from qresafe.stages.patch_loss import term_losses
 from qresafe.stages.patch_mask import mask_rows, renew_masks
 from qresafe.stages.patch_output import as_exported, codes_changed, write_results
+from qresafe.stages.runtime import record_gpu
 from qresafe.stages.train_engine import TrainEngine
 
 Accumulated = tuple[float, dict[str, float], int]  # loss, its terms, tokens
@@ -82,6 +85,7 @@ def train_patch(
     seen = [record for record in loop.history if "probe" in record]
     while loop.step < loop.steps:
         record = loop.advance()
+        _tell(record, engine.rank, folder)
         progress.advance(1, f"loss {record['loss']:.4f}")
         if watch and loop.step % watch.every == 0:
             record["probe"] = loop.look(watch)
@@ -92,6 +96,19 @@ def train_patch(
             watch.tell(seen.pop(0))
     loop.history[-1]["codes_changed"] = codes_changed(engine, loop.layers)
     write_results(engine, loop.layers, loop.history, folder)
+
+
+def _tell(record: Mapping[str, Any], rank: int, folder: UPath) -> None:
+    """Record a step's figures; what is equal on all ranks is told by one."""
+    told = "step %d: loss %.4f, %d tokens, %.2f s"
+    log.info(told, record["step"], record["loss"], record["tokens"], record["seconds"])
+    labels = metrics.place(folder) | {"rank": str(rank)}
+    metrics.record("qresafe_step_seconds", record["seconds"], labels)
+    record_gpu(labels)
+    if rank == 0:
+        metrics.record("qresafe_steps", 1, labels)
+        metrics.record("qresafe_loss", record["loss"], labels)
+        metrics.record("qresafe_trained_tokens", record["tokens"], labels)
 
 
 class Watch(Protocol):

@@ -8,7 +8,7 @@ a run that was killed at any moment continues where it was, whatever it runs on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from qresafe import metrics
 from qresafe.artifacts import read_bytes, write_bytes
 from qresafe.errors import CorruptArtifactError, located
 from qresafe.failure import here
 from qresafe.integrity import BLANK, SEAL_KEY, is_sealed, seal_holds, sealed, tell
+from qresafe.process_log import log, logged
 from qresafe.progress import Progress
 from qresafe.storage import children
 
@@ -121,14 +123,14 @@ class InProcessRuntime:
         tally = Tally(progress)
         todo = tally.skip_finished(batches, parts)
         if todo:
-            with cpu_threads(self.threads):
+            with logged(parts, 0), cpu_threads(self.threads):
                 function = job.setup(self.device)
                 for batch in todo:
                     tally.add(compute_part(function, batch, parts))
         return tally.spent()
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
-        with cpu_threads(self.threads):
+        with logged(folder, 0), cpu_threads(self.threads):
             job.run_local(folder, progress)
 
     def close(self) -> None:
@@ -155,7 +157,37 @@ def compute_part(function: BatchFunction, batch: Batch, parts: UPath) -> Made:
         table = function(batch.rows)
     write_table(part_path(parts, batch.index), table)
     tokens = sum(table["new_tokens"].to_pylist()) if "new_tokens" in table.column_names else 0
-    return Made(batch.index, len(batch.rows), tokens, began)
+    made = Made(batch.index, len(batch.rows), tokens, began)
+    seconds = time.time() - began
+    log.info("batch %d: %d rows, %d tokens, %.1f s", made.index, made.rows, tokens, seconds)
+    if metrics.recording():
+        labels = metrics.place(parts)
+        metrics.record("qresafe_batch_seconds", seconds, labels)
+        record_batch(made, table, labels)
+    return made
+
+
+def record_batch(made: Made, table: pa.Table, labels: Mapping[str, str]) -> None:
+    """Record what a batch has made, and the GPU memory that it took."""
+    errors = table["error"] if "error" in table.column_names else ()
+    figures = {
+        "qresafe_rows": made.rows,
+        "qresafe_generated_tokens": made.new_tokens,
+        "qresafe_error_rows": len(errors) - errors.null_count if errors else 0,
+    }
+    for name, value in figures.items():
+        metrics.record(name, value, labels)
+    record_gpu(labels)
+
+
+def record_gpu(labels: Mapping[str, str]) -> None:
+    """Record this process's GPU memory, if it has a GPU."""
+    if not metrics.recording():
+        return
+    import torch
+
+    if torch.cuda.is_initialized():
+        metrics.record("qresafe_gpu_bytes", torch.cuda.max_memory_allocated(), labels)
 
 
 def record_ids(rows: Sequence[Row]) -> list[str]:

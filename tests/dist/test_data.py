@@ -17,11 +17,13 @@ import pyarrow as pa
 import pytest
 import ray
 from ray import cloudpickle
+from scraping import Scraped, scrape_until, total
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.dist import vllm
 from qresafe.dist.runtime import RayRuntime, make_runtime
+from qresafe.driving import driving
 from qresafe.errors import ModelError, ResourceError, place_of
 from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
@@ -47,9 +49,11 @@ SAMPLED = GenerateSpec(max_new_tokens=32, batch_size=1, temperature=1.0, seed=5)
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayRuntime]:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    runtime = RayRuntime(ResourcesSpec(workers=2))
-    yield runtime
-    runtime.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        runtime = RayRuntime(ResourcesSpec(workers=2))
+        yield runtime
+        runtime.close()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
@@ -85,6 +89,45 @@ def test_one_and_two_actors_give_the_completions_of_this_process(
         assert read_table(made.path / FILE).equals(expected)
         assert made.manifest.counts["reused_parts"] == 0
     one.close()
+
+
+@dataclass(frozen=True)
+class HalfAnswered:
+    """Answers the first of two rows with seven tokens, the other with an error."""
+
+    def setup(self, device: str) -> BatchFunction:
+        def compute(rows: list[Row]) -> pa.Table:
+            return pa.table({"new_tokens": [7, 0], "error": [None, "no answer"]})
+
+        return compute
+
+
+def test_the_node_exports_the_figures_of_batches(cluster: RayRuntime, tmp_path: Path) -> None:
+    root = UPath(tmp_path / "runs" / "figures")
+    two = [Batch(i, [{"id": f"{i}a"}, {"id": f"{i}b"}]) for i in range(2)]
+    # 2 batches of 2 rows, 7 tokens and one error each, by one or two processes
+    expected = {"rows": 4.0, "generated_tokens": 14.0, "error_rows": 2.0, "batches": 2.0}
+
+    def figures(found: Scraped) -> dict[str, float]:
+        batches = total(found, "qresafe_batch_seconds", 'stage="generate"', 'le="+Inf"')
+        names = ("rows", "generated_tokens", "error_rows")
+        counts = {name: total(found, f"qresafe_{name}", 'stage="generate"') for name in names}
+        return counts | {"batches": batches}
+
+    with driving(root, Silent()) as progress:
+        progress.start("generate W", 4, "completions")
+        cluster.map_batches(HalfAnswered(), two, root / "generate" / "key" / "parts", progress)
+        shown = "ray_qresafe_stage_done"  # of the driver; the last that it tells is 4
+        enough = scrape_until(
+            lambda found: (
+                figures(found) == expected and 4 in [value for _, value in found.get(shown, [])]
+            ),
+            'run="figures"',
+        )
+        progress.finish()
+    assert figures(enough) == expected
+    for name in ("qresafe_stage_done", "qresafe_stage_total"):
+        assert total(enough, name, 'stage="generate W"') == 4
 
 
 @dataclass(frozen=True)
@@ -180,9 +223,13 @@ def refuse(row: Row) -> None:
 def test_a_users_mistake_keeps_its_sentence(cluster: RayRuntime, tmp_path: Path) -> None:
     job = Noting(str(tmp_path / "log"), action=refuse)
     with pytest.raises(ModelError, match=r"^no such model in row 3: choose another\.$") as caught:
-        cluster.map_batches(job, batches(2), UPath(tmp_path / "parts"), Silent())
+        folder = UPath(tmp_path / "runs" / "a" / "judge" / "key")
+        cluster.map_batches(job, batches(2), folder / "parts", Silent())
     place = place_of(caught.value)
     assert place["process"] in pids(tmp_path / "log")
+    told = Path(place["log"]).read_text()
+    assert f"process {place['process']} on {place['host']}\n" in told
+    assert "ERROR ModelError: no such model in row 3: choose another." in told
     assert place["records"] == ["0", "1"]  # its rows have no ids: places in the batch
 
 

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 from patching import patch_spec
+from scraping import Scraped, scrape_until, total
 from training import TinyJob
 from upath import UPath
 
@@ -26,15 +27,18 @@ TESTS = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def _session() -> Iterator[None]:
-    paths = f"{TESTS.parent}:{TESTS}:{TESTS / 'dist'}"  # this checkout's files, wherever it lies
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
-    )
-    yield
-    ray.shutdown()
+    paths = f"{TESTS}:{TESTS / 'dist'}:{TESTS.parent}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves them on a busy machine
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )
+        yield
+        ray.shutdown()
 
 
 class Counted:
@@ -65,13 +69,35 @@ def local(spec: PatchSpec, folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(UPath(folder / "adapter.safetensors"))
 
 
+def check_figures(run: str, steps: int) -> None:
+    """See what the node exports of a run whose workers were restarted once, after step 3."""
+
+    def seen(found: Scraped) -> dict[str, bool]:
+        ranks = [
+            total(found, "qresafe_step_seconds", f'rank="{rank}"', 'le="+Inf"') for rank in (0, 1)
+        ]
+        return {
+            "one restart": total(found, "qresafe_restarts") == 1,
+            # The first group was ended in its fifth step, and may not have told of all before.
+            "steps": 1 <= total(found, "qresafe_steps") <= 4 + steps - 3,
+            "tokens": total(found, "qresafe_trained_tokens") > 0,
+            "loss": total(found, "qresafe_loss") > 0,
+            "time of both ranks": min(ranks) >= 1,
+        }
+
+    found = scrape_until(lambda found: all(seen(found).values()), f'run="{run}"')
+    assert all(seen(found).values()), seen(found)
+
+
 @pytest.mark.parametrize("stage", [2, 3])  # 0 and 1: tests/stages, over gloo without Ray
 def test_two_workers_one_killed_equal_two_undisturbed(stage: int, tmp_path: Path) -> None:
     """Rank 1 is killed before its fifth step, one step behind the checkpoint of step 3."""
     spec = patch_spec(zero_stage=stage, through_grid=False)
     mark = tmp_path / "killed"
-    interrupted = trained(TinyJob(spec, str(mark), victim=1, at=4), tmp_path / "interrupted")
+    folder = tmp_path / "runs" / f"zero{stage}" / "patch" / "key"
+    interrupted = trained(TinyJob(spec, str(mark), victim=1, at=4), folder)
     assert mark.exists()
+    check_figures(f"zero{stage}", spec.steps)
     whole = trained(TinyJob(spec), tmp_path / "whole")
     assert interrupted == whole
     one = local(spec, tmp_path / "one")
