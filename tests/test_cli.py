@@ -144,7 +144,7 @@ def write(folder: Path, name: str, text: str) -> str:
         (["show", "dem0"], ["dem0", "demo"]),
         (["run", "absent.yaml"], ["absent.yaml"]),
         (["run", "demo", "--set", "patch.mask.tua=1"], ["patch.mask.tua", "tau"]),
-        (["run", "demo", "--set", "patch.rank=many"], ["patch.rank", "many", "integer"]),
+        (["run", "demo", "--set", "patch.rank=many"], ["patch.rank", "many", "whole number"]),
         (["run", "demo", "--set", "quantize.method=llmqat"], ["llmqat", "llm_qat"]),
         (["run", "demo", "--workers", "-1"], ["resources.workers", "-1"]),
         (["demo", "--set", "quantize.bits=5"], ["quantize.bits", "5"]),
