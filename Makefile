@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-plan audit clean
+.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-plan audit clean
 
 install: $(STAMP)
 
@@ -56,6 +56,10 @@ bench-statistics: install
 
 bench-schedule: install
 	$(BIN)/python -m bench.schedule
+
+# As root, with iproute2.
+bench-autoscale: install
+	$(BIN)/python -m bench.autoscale
 
 bench-ablations: install
 	$(BIN)/python -m bench.ablations
