@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-plan audit clean
+.PHONY: install demo test test-hosts unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-plan audit clean
 
 install: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: install
 # Two at a time, a file in one process: many tests wait for Ray rather than compute.
 test: install lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Three hosts on S3, a killed driver: minutes, so not in CI. As root, with iproute2.
+test-hosts: install
+	QRESAFE_LONG_TESTS=1 $(BIN)/pytest tests/cluster/test_hosts.py
 
 unit: install
 	$(BIN)/pytest -m "not ray and not gpu"
@@ -56,6 +60,10 @@ bench-statistics: install
 
 bench-schedule: install
 	$(BIN)/python -m bench.schedule
+
+# As root, with iproute2.
+bench-autoscale: install
+	$(BIN)/python -m bench.autoscale
 
 bench-ablations: install
 	$(BIN)/python -m bench.ablations
