@@ -126,7 +126,7 @@ def test_errors_hide_what_they_tell() -> None:
         "no sk-0123456789abcdefgh", where="s3://a:b@c/d", remedy="use hf_" + "x1" * 9
     )
     assert str(error) == f"no {HIDDEN} in s3://{HIDDEN}@c/d: use {HIDDEN}."
-    rebuilt, arguments = error.__reduce__()
+    rebuilt, arguments, _ = error.__reduce__()
     assert str(rebuilt(*arguments)) == str(error)  # type: ignore[operator, misc]
 
 
