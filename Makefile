@@ -17,9 +17,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/qresafe demo
 
-# Two at a time, a file in one process: many tests wait for Ray rather than compute.
+# Three at a time, a file in one process, those that start Ray first: they mostly wait for it.
 test: install lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Three hosts on S3, a killed driver: minutes, so not in CI. As root, with iproute2.
 test-hosts: install

@@ -65,3 +65,9 @@ def save_tiny_llama(folder: Path, *, hidden: int = 64, seed: int = 0) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama, its tokenizer and a chat template; read only."""
     return save_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files that start Ray first: they wait for minutes, while others fill the cores."""
+    slow = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in slow)
