@@ -28,106 +28,9 @@ from qresafe.search_spec import Search, load_search
 from qresafe.stages.search.check import check_search
 from qresafe.stages.search.folder import BEST, FRONT, REPORT, STOPPED, TRIALS, search_folder
 from qresafe.stages.search.ledger import Ledger
+from tests.tiny_search import searched, start, untimed, write_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-AXES = ("harmful", "benign", "borderline")
-# Spent time, and the stages that hold it in their names or hashes.
-TIMED = ("trial_seconds", "seconds")
-
-
-def write_space(folder: Path, model: Path, **changes: Any) -> Path:
-    """Write a search of a tiny random model: 12 steps, four prompts an axis, no confirmation."""
-    prompts = [{"axis": axis, "split": "test", "limit": 4} for axis in AXES]
-    base = {
-        "storage": str(folder / "store"),
-        "model.path": str(model),
-        "control": False,
-        "quantize": {"method": "rtn", "bits": 4, "group_size": 32},
-        "pairs": {"harmful": 6, "benign": 6, "borderline": 4, "recombined": 4,
-                  "max_new_tokens": 6, "keep": "different"},
-        "evaluate.prompts": prompts,
-        "evaluate.generate": {"max_new_tokens": 6},
-        "patch.steps": 12,
-        "patch.batch_size": 8,
-        "patch.micro_batch_size": 8,
-        "patch.rank": 4,
-        "patch.checkpoint_every": 1,
-        "patch.mask.samples": 4,
-        "patch.mask.remask_every": 5,
-        "resources.workers": 0,
-    }  # fmt: skip
-    data = {
-        "name": "tiny",
-        "base": "demo",
-        "set": base,
-        "space": {
-            "patch.mask.tau": {"uniform": [0.1, 1.0]},
-            "patch.lr": {"loguniform": [1e-4, 1e-2]},
-        },
-        "budget": {"trials": 6, "concurrent": 2},
-        "probe": {"every": 4, "prompts": 4, "max_new_tokens": 6},
-        "confirm": [],
-    }
-    path = folder / "space.yaml"
-    path.write_text(yaml.safe_dump(json.loads(json.dumps(data | changes))))
-    return path
-
-
-def searched(path: Path) -> tuple[Search, pa.Table]:
-    search = load_search(path)
-    check_search(search)
-    folder = run_search(search, Silent())
-    return search, pq.read_table(str(folder / TRIALS))
-
-
-def untimed(table: pa.Table) -> list[dict[str, Any]]:
-    return table.drop_columns([name for name in TIMED if name in table.column_names]).to_pylist()
-
-
-def start(path: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "qresafe.cli", "search", str(path), *more]
-    log = open(path.with_suffix(".log"), "ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {
-        "OMP_NUM_THREADS": "1"})  # fmt: skip
-
-
-@pytest.mark.timeout(1500)  # five drivers, each with a Ray of its own
-def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
-    tmp_path: Path, tiny_llama: Path
-) -> None:
-    spaces = []
-    for name in ("alone", "killed"):
-        (tmp_path / name).mkdir()
-        spaces.append(
-            write_space(
-                tmp_path / name,
-                tiny_llama,
-                searcher={"name": "optuna", "startup": 2},
-                scheduler={"name": "asha", "grace": 4, "factor": 2},
-                confirm=[0],
-            )
-        )
-    alone, killed = spaces
-    assert start(alone).wait(600) == 0, alone.with_suffix(".log").read_text()
-    order, folder = random.Random(0), search_folder(load_search(killed))
-    kills = 0
-    for number in range(3):
-        driver = start(killed)
-        wanted = len(Ledger(folder).read()) + 1 + number % 2
-        while driver.poll() is None and len(Ledger(folder).read()) < wanted:
-            time.sleep(0.05)
-        time.sleep(order.uniform(0, 0.5))
-        kills += driver.poll() is None
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    assert kills >= 2
-    assert start(killed, "--resume").wait(600) == 0, killed.with_suffix(".log").read_text()
-    tables = [pq.read_table(str(search_folder(load_search(p)) / TRIALS)) for p in spaces]
-    assert untimed(tables[0]) == untimed(tables[1])
-    pages = [(search_folder(load_search(p)) / REPORT).exists() for p in spaces]
-    assert pages == [True, True]
-
 
 def test_the_results_of_a_search(tmp_path: Path, tiny_llama: Path) -> None:
     path = write_space(tmp_path, tiny_llama, space={"patch.rank": {"choice": [2, 4]}})
@@ -243,51 +146,6 @@ def test_two_drivers_do_not_run_one_search(tmp_path: Path, tiny_llama: Path) -> 
     run = search_folder(search).parent.parent
     with sole_driver(run), pytest.raises(ResourceError, match="has a driver already"):
         run_search(search, Silent())
-
-
-# ---------------------------------------------------------------- trials that die
-
-
-def dying(mark: Path, index: int, times: int, real: Any) -> Any:
-    """Return `make_trainable` whose trial `index` kills its own process so many times."""
-
-    def make(search: Search) -> Any:
-        trainable = real(search)
-
-        def deadly(config: dict[str, Any]) -> None:
-            if config["trial"] == index:
-                deaths = len(mark.read_text()) if mark.exists() else 0
-                if deaths < times:
-                    mark.write_text("x" * (deaths + 1))
-                    os.kill(os.getpid(), signal.SIGKILL)
-            trainable(config)
-
-        return deadly
-
-    return make
-
-
-@pytest.mark.parametrize("times", [1, 3])
-def test_a_trial_whose_process_dies(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, times: int
-) -> None:
-    from qresafe.dist import search as module
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    real = module.make_trainable
-    monkeypatch.setattr(module, "make_trainable", dying(tmp_path / "mark", 1, times, real))
-    path = write_space(tmp_path, tiny_llama, budget={"trials": 3, "concurrent": 1})
-    search = load_search(path)
-    run_search(search, Silent())
-    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    rows = list(Ledger(search_folder(search)).read().values())
-    expected = "completed" if times == 1 else "failed"  # it is tried again twice
-    assert [row.status for row in rows] == ["completed", expected, "completed"]
-    if times == 3:
-        assert (rows[1].kind, rows[1].reason) == (
-            "killed",
-            "the trial's process or node was lost again and again",
-        )
 
 
 # ---------------------------------------------------------------- trackers
