@@ -17,7 +17,8 @@ import ray.util
 START_SECONDS, STARTS = 300, 10
 RAY = str(Path(sys.executable).with_name("ray"))
 PORTS = ["port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port",
-         "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port"]  # fmt: skip
+         "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
+         "ray-client-server-port"]  # fmt: skip
 
 
 class Head:

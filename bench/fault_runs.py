@@ -21,6 +21,10 @@ SMALL = {
     "patch.steps": 24,
     "patch.checkpoint_every": 2,
     "patch.zero_stage": 0,
+    # A search validates on the dev split: what it holds back must be other prompts.
+    "evaluate.prompts": [
+        {"axis": axis, "split": "test", "limit": 12} for axis in ("harmful", "benign", "borderline")
+    ],
     "evaluate.generate.batch_size": 4,
 }
 TRIALS = 5

@@ -75,6 +75,7 @@ def untimed(table: pa.Table) -> list[dict[str, Any]]:
 
 def start(path: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "qresafe.cli", "search", str(path), *more]
-    log = open(path.with_suffix(".log"), "ab")
-    return subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {
-        "OMP_NUM_THREADS": "1"})  # fmt: skip
+    with open(path.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )

@@ -112,7 +112,7 @@ def test_a_trial_on_train_workers_is_stopped_like_any_other(
     path = write_space(
         tmp_path,
         tiny_llama,
-        budget={"trials": 3, "concurrent": 1},
+        budget={"trials": 2, "concurrent": 1},
         searcher={"lag": 1},
         scheduler=asha,
         probe={"every": 4, "prompts": 4, "axes": ["benign"], "max_new_tokens": 6},

@@ -35,7 +35,7 @@ from tests.tiny_search import searched, start, untimed, write_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-@pytest.mark.timeout(1500)  # five drivers, each with a Ray of its own
+@pytest.mark.timeout(1500)  # four drivers, each with a Ray of its own
 def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
@@ -56,7 +56,7 @@ def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
     assert start(alone).wait(600) == 0, alone.with_suffix(".log").read_text()
     order, folder = random.Random(0), search_folder(load_search(killed))
     kills = 0
-    for number in range(3):
+    for number in range(2):
         driver = start(killed)
         wanted = len(Ledger(folder).read()) + 1 + number % 2
         while driver.poll() is None and len(Ledger(folder).read()) < wanted:
@@ -65,7 +65,7 @@ def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
         kills += driver.poll() is None
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    assert kills >= 2
+    assert kills >= 1
     assert start(killed, "--resume").wait(600) == 0, killed.with_suffix(".log").read_text()
     tables = [pq.read_table(str(search_folder(load_search(p)) / TRIALS)) for p in spaces]
     assert untimed(tables[0]) == untimed(tables[1])
