@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-hosts unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-plan audit clean
+.PHONY: install demo test test-long unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-plan audit clean
 
 install: $(STAMP)
 
@@ -19,14 +19,14 @@ demo: install
 
 # Three at a time, a file in one process, those that start Ray first: they mostly wait for it.
 test: install lint
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
 
-# Three hosts on S3, a killed driver: minutes, so not in CI. As root, with iproute2.
-test-hosts: install
-	QRESAFE_LONG_TESTS=1 $(BIN)/pytest tests/cluster/test_hosts.py
+# What takes too long for `test`: three hosts on S3 (as root, with iproute2), kills of whole searches.
+test-long: install
+	$(BIN)/pytest -m long
 
 unit: install
-	$(BIN)/pytest -m "not ray and not gpu"
+	$(BIN)/pytest -m "not ray and not gpu and not long"
 
 lint: install
 	$(BIN)/ruff check .

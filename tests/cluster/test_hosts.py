@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -17,11 +16,10 @@ from upath import UPath
 from bench.host_runs import ROOT, command, on_one_host, results
 from tests.cluster.namespaces import Hosts, needs_hosts
 
-LONG = "QRESAFE_LONG_TESTS"
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(LONG not in os.environ, reason=f"takes minutes: make test-hosts ({LONG}=1)"),
+    pytest.mark.long,
     needs_hosts(),
 ]
 

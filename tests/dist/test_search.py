@@ -105,6 +105,7 @@ def test_failures_are_rows_and_three_of_a_kind_end_the_search(
     assert (folder / REPORT).exists()
 
 
+@pytest.mark.long
 def test_a_trial_on_train_workers_is_stopped_like_any_other(
     tmp_path: Path, tiny_llama: Path
 ) -> None:

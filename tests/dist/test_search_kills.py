@@ -35,6 +35,7 @@ from tests.tiny_search import searched, start, untimed, write_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)  # four drivers, each with a Ray of its own
 def test_a_search_killed_at_random_moments_ends_as_one_left_alone(
     tmp_path: Path, tiny_llama: Path
@@ -95,7 +96,7 @@ def dying(mark: Path, index: int, times: int, real: Any) -> Any:
     return make
 
 
-@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_trial_whose_process_dies(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
