@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -35,12 +36,18 @@ class Head:
         self._process: subprocess.Popen[bytes] | None = None
         self.address = f"{ray.util.get_node_ip_address()}:{self._ports[0]}"
         self.starts = 0
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._token = self._folder / "token"
+        self._token.write_text(secrets.token_hex(32))
+        self._token.chmod(0o600)
 
     def environment(self) -> dict[str, str]:
         """Return what its drivers run with: nothing of it points to another cluster."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         return kept | {
             "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",  # as `ray start` has it by itself
+            "RAY_AUTH_TOKEN_PATH": str(self._token),
             "RAY_worker_niceness": "0",
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),
             "RAY_gcs_rpc_server_connect_timeout_s": "60",  # 5 is too short on a busy machine

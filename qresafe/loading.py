@@ -273,8 +273,8 @@ def _kinds_at(kind: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
 
 def _tag(kind: type[BaseModel]) -> str | None:
     for name in ("method", "judge"):
-        if name in kind.model_fields:
-            return str(get_args(kind.model_fields[name].annotation)[0])
+        if name in kind.model_fields and (values := get_args(kind.model_fields[name].annotation)):
+            return str(values[0])  # of a Literal; a field of any name is no tag
     return None
 
 

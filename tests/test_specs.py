@@ -227,3 +227,8 @@ def test_a_nested_method_keeps_its_default_and_names_what_it_may_be() -> None:
     told = message(None, "quantize.method=qlora", "quantize.base.method=gptq")
     assert told == "gptq cannot be quantize.base in --set: choose one of bnb, rtn."
     assert "bits" in message(None, "quantize.method=critical16", "quantize.base.bit=2")
+
+
+def test_a_key_below_a_part_that_has_a_judge_of_any_name() -> None:
+    with pytest.raises(SpecError, match=r"unknown key 'pairs.teacher.x' in --set: choose one of"):
+        load_experiment("demo", ["pairs.teacher.x=nan"])

@@ -188,9 +188,21 @@ def connect(address: str | None) -> None:
         with _hushed():
             ray.init(target, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # a node that is not up in time raises the bare class
-        remedy = "start it (ray start --head) or leave resources.address empty for a local one"
-        what = f"cannot join the Ray cluster ({' '.join(str(error).split())[:200]})"
-        raise ResourceError(what, where=target, remedy=remedy) from error
+        raise _not_joined(target, error) from error
+
+
+def _not_joined(target: str, error: Exception) -> ResourceError:
+    """Say why a cluster cannot be joined: Ray names a wrong token in an inner error alone."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if "InvalidAuthToken" in str(inner):
+            what = "the Ray cluster asks for another token (`ray start` switches tokens on)"
+            remedy = "export RAY_AUTH_MODE=token, with its token in ~/.ray/auth_token"
+            return ResourceError(what, where=target, remedy=remedy)
+        inner = inner.__cause__
+    what = f"cannot join the Ray cluster ({' '.join(str(error).split())[:200]})"
+    remedy = "start it (ray start --head) or leave resources.address empty for a local one"
+    return ResourceError(what, where=target, remedy=remedy)
 
 
 @contextmanager

@@ -113,7 +113,11 @@ def _from_objects(file: Path, rows: list[tuple[str, dict[str, Any]]], remedy: st
     for where, row in rows:
         if missing := names.keys() - row.keys():
             raise DataError(f"no key {min(missing)!r}", where=where, remedy=remedy)
-    return pa.table({name: _column(file, name, [row[name] for _, row in rows]) for name in names})
+    columns = [_column(file, name, [row[name] for _, row in rows]) for name in names]
+    try:
+        return pa.table(columns, names=list(names))
+    except UnicodeEncodeError as error:
+        raise _malformed("key", file, error, "write keys as whole characters") from None
 
 
 def _column(file: Path, name: str, values: list[object]) -> pa.Array:
@@ -128,7 +132,9 @@ def _parquet(file: Path) -> pa.Table:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(file)
+        table = parquet.read_table(file)
+        table.validate(full=True)  # text that is no UTF-8 is found here, not where it is used
+        return table
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _malformed("Parquet", file, error, "write the file again") from None
 

@@ -14,6 +14,7 @@ import pytest
 from qresafe.cli import main
 from qresafe.dist import preflight, preflight_ray
 from qresafe.dist.preflight import GIB
+from qresafe.dist.runtime import _not_joined
 from qresafe.specs import ExperimentSpec, ResourcesSpec
 
 
@@ -166,3 +167,17 @@ def test_a_worker_reaches_the_storage(tmp_path: Path) -> None:
         assert check.remedy
     finally:
         ray.shutdown()
+
+
+def test_a_wrong_token_is_told_though_ray_names_it_in_an_inner_error_only() -> None:
+    try:
+        try:
+            raise RuntimeError("RPC error: InvalidAuthToken: Authentication token is missing")
+        except RuntimeError as inner:
+            raise ConnectionError("Failed to connect to Ray cluster at h:1") from inner
+    except ConnectionError as error:
+        told = str(_not_joined("h:1", error))
+        assert "asks for another token" in told
+        assert "RAY_AUTH_MODE=token" in told
+    told = str(_not_joined("h:1", ConnectionError("Failed to connect")))
+    assert "cannot join the Ray cluster (Failed to connect) in h:1: start it" in told
