@@ -118,7 +118,7 @@ def test_every_node_has_the_lock_one_python_and_the_token(name: str) -> None:
 @pytest.mark.parametrize("name", CLUSTERS)
 def test_nothing_listens_to_the_outside_but_ssh(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in commands(name)
-    assert "ray-client-server" not in commands(name)
+    assert "ray-client-server" not in commands(name)  # on by default: see SECURITY.md
     rules = read(name)["provider"].get("security_group", {}).get("IpPermissions", [])
     assert rules == []  # Ray's own two: port 22, and the cluster's nodes among themselves
 
