@@ -13,7 +13,7 @@ from typing import Literal
 
 import psutil
 
-from bench.fault_head import Head
+from bench.fault_head import Head, is_dead
 from bench.fault_runs import Workload
 
 Deed = Literal["kill", "pause", "freeze", "flip", "cut"]
@@ -87,7 +87,9 @@ class Fault:
             self._do(chosen)
             self.hit = ", ".join(str(process.pid) for process in chosen)
         if self.kind.target == "file":
-            psutil.wait_procs(chosen, timeout=30)
+            # Not by psutil, which would take the exit code that the supervisor waits for.
+            while not all(is_dead(process) for process in chosen):
+                time.sleep(0.05)
             self.hit = self._damage(run)
 
     def _do(self, chosen: Sequence[psutil.Process]) -> None:
