@@ -25,7 +25,8 @@ USUAL = "A100-80"  # what is planned for where there is no GPU to look at
 def require_room(spec: ExperimentSpec, model: str, *, connected: bool) -> None:
     """Refuse an experiment that cannot fit into the GPUs, or the memory, that there are.
 
-    Called before Ray starts, where this machine is what there is, and again after, for a cluster.
+    Called before Ray starts, where this machine is what there is, and again for a cluster when
+    its nodes are there.
     Where nothing is known of the devices, nothing is refused.
 
     Args:

@@ -69,7 +69,7 @@ def test_the_7b_preset_fits_its_cluster_and_not_the_smaller_one() -> None:
 def test_advice_names_a_cluster_where_settings_do_not_do() -> None:
     spec, plan = planned("1xL4-24")
     advice = what_would_fit(spec, plan.shape, plan.cluster)
-    found = re.search(r"--cluster (\S+?)[,. ]*$", advice)
+    found = re.search(r"GPUs such as (\S+?)[,. ]*$", advice)
     assert found is not None, advice
     assert planned(found[1])[1].misfits == ()
 
