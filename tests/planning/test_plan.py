@@ -139,6 +139,13 @@ def test_rows_of_the_demo_are_those_that_it_has() -> None:
     assert rows.arms == 5
 
 
+def test_a_model_of_unknown_shape_is_not_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(capacity, "machine_memory", lambda: 0.6 * GIB)
+    (tmp_path / "config.json").write_text('{"model_type": "rwkv", "attention_hidden_size": 64}')
+    capacity.require_room(load_experiment("demo"), str(tmp_path), connected=False)
+
+
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(monkeypatch) -> None:
     from qresafe.embedded.build import embedded_model_path
 
