@@ -85,6 +85,7 @@ def shape_of(model: ModelSpec) -> ModelShape:
     Raises:
         ModelError: Neither a folder, nor known by name, nor in the hub's cache.
     """
+    _check_path(model.path)
     if (folder := _folder(model)) is not None:
         found = _from_folder(folder)
     elif (config := _known().get(model.path)) is not None:
@@ -160,6 +161,18 @@ def _known() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _check_path(path: str) -> None:
+    """Refuse what can only be a local path, and leads nowhere.
+
+    Raises:
+        ModelError: There is nothing.
+    """
+    local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
+    if local and "://" not in path and not Path(path).expanduser().exists():
+        remedy = "give an existing folder with its config.json, or a hub id"
+        raise ModelError(f"no model folder {path!r}", where="model.path", remedy=remedy)
+
+
 def _folder(model: ModelSpec) -> Path | None:
     """Return the local folder of a model: embedded, a path, or the hub's cache; None: not here."""
     if model.path == "embedded":
@@ -171,9 +184,12 @@ def _folder(model: ModelSpec) -> Path | None:
         return path
     if model.path in _known() or model.path.count("/") != 1:
         return None
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    try:
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    except errors.HFValidationError:  # no hub id: told as a model that is not known
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
