@@ -37,9 +37,13 @@ def job_experiment(
 def job_storage(storage: str) -> str:
     """Return a storage that outlives a job's working directory, a copy that Ray deletes.
 
-    A relative folder is put under $QRESAFE_STORAGE, or ~/qresafe; a URL stays.
+    A relative folder is put under $QRESAFE_STORAGE (which may be a URL), or ~/qresafe; a URL stays.
     """
     if not is_local(UPath(storage)):
         return storage
-    root = Path(os.environ.get("QRESAFE_STORAGE") or "~/qresafe").expanduser()
-    return str(root / Path(storage).expanduser())
+    root, folder = os.environ.get("QRESAFE_STORAGE") or "~/qresafe", Path(storage).expanduser()
+    if is_local(UPath(root)):
+        return str(Path(root).expanduser() / folder)
+    if folder.is_absolute():
+        return str(folder)
+    return str(UPath(root).joinpath(*folder.parts))  # Path would make "s3://" a folder "s3:"

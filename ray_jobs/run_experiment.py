@@ -23,7 +23,7 @@ def main(
 ) -> None:
     """Run a whole experiment on the cluster of this job, and print its table."""
     spec = job_experiment(preset, overrides, workers, storage, name)
-    execute(spec, wanted("report"), as_json=as_json)
+    execute(spec, wanted("report"), as_json=as_json, room=True)
 
 
 if __name__ == "__main__":

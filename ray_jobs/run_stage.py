@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qresafe.commands.experiment import WITH_PATCH
 from qresafe.commands.launch import launch
 from qresafe.commands.options import AsJson
 from qresafe.commands.running import STAGES, Arms, execute, wanted
@@ -27,7 +28,8 @@ def main(
 ) -> None:
     """Run an experiment up to a stage; what is finished is reused."""
     want = wanted(stage, arms)
-    execute(job_experiment(preset, overrides, workers, storage, name), want, as_json=as_json)
+    spec = job_experiment(preset, overrides, workers, storage, name)
+    execute(spec, want, as_json=as_json, room=stage in WITH_PATCH)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,13 @@ def test_a_job_keeps_its_results_outside_of_its_working_directory(
     assert storage("sub") == str(tmp_path / "sub")
     assert storage("/absolute") == "/absolute"
     assert storage("s3://bucket/x") == "s3://bucket/x"
+    for bucket in ("s3://bucket/runs", "memory://bucket/runs"):
+        monkeypatch.setenv("QRESAFE_STORAGE", bucket)
+        assert storage(None) == bucket
+        assert storage("sub") == f"{bucket}/sub"
+        assert storage("/absolute") == "/absolute"
+        assert storage("~/own") == str(Path.home() / "own")
+        assert storage("s3://other/x") == "s3://other/x"
     monkeypatch.delenv("QRESAFE_STORAGE")
     assert storage(None) == str(Path.home() / "qresafe")
 

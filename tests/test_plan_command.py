@@ -33,7 +33,8 @@ def test_what_fits_is_a_table_and_ends_with_0(cli: Any) -> None:
 
 
 def test_what_cannot_fit_ends_with_2_and_says_what_would(cli: Any) -> None:
-    code, out, err = cli("plan", PRESET, "--cluster", "4xA100-40", "--json")
+    wider = ("--set", "patch.micro_batch_size=2", "--set", "patch.zero_stage=2")
+    code, out, err = cli("plan", PRESET, "--cluster", "4xA100-40", *wider, "--json")
     assert code == 2
     assert "would fit: --set patch.micro_batch_size=" in err
     assert "Traceback" not in err
@@ -65,6 +66,13 @@ def test_own_hardware(cli: Any, tmp_path) -> None:
     [
         (["--cluster", "4xA100"], "A100-40"),
         (["--set", "model.path=meta-llama/Llama-2-7b"], "meta-llama/Llama-2-7b-hf"),
+        (["--set", "model.path=/nonexist"], "no model folder '/nonexist' in model.path: give"),
+        (["--set", "model.path=./nope"], "no model folder './nope'"),
+        (["--set", "model.path=~/nope"], "no model folder '~/nope'"),
+        (["--set", "model.path=nope/"], "no model folder 'nope/'"),
+        (["--set", "model.path=a/b/c"], "no model folder 'a/b/c'"),
+        (["--set", "model.path=a b/c"], "the shape of 'a b/c' is not known"),
+        (["--set", "model.path=s3://a/b"], "the shape of 's3://a/b' is not known"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(cli: Any, option: list[str], said: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,7 +73,8 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool, room: bool = Fal
         spec: The resolved experiment.
         want: Asks for an artefact; what it needs is computed before, what is finished is reused.
         as_json: Print JSON instead of tables.
-        room: Refuse at once what `qresafe plan` says cannot fit.
+        room: Refuse what `qresafe plan` says cannot fit: at once on this machine; on a cluster as
+            soon as something is to be computed there, for its nodes may come only then.
     """
     from qresafe.console import progress_on
     from qresafe.dist.capacity import require_room
@@ -83,14 +85,14 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool, room: bool = Fal
     with progress_on() as progress:
         experiment = Experiment(spec, InProcessRuntime(), progress)
         experiment.check()  # before Ray starts: a mistake should cost a second, not ten
+        model = experiment.teacher.ref.path
         if room:
-            require_room(spec, experiment.teacher.ref.path, connected=False)
+            require_room(spec, model, connected=False)
+        ready = partial(require_room, spec, model, connected=True) if room else None
         with (
             driving(experiment.run.root, progress) as experiment.progress,
-            closing(started(spec, experiment.progress)) as experiment.runtime,
+            closing(started(spec, experiment.progress, ready)) as experiment.runtime,
         ):
-            if room:
-                require_room(spec, experiment.teacher.ref.path, connected=True)
             result = want(experiment)
     if as_json:
         typer.echo(json.dumps(as_data(experiment), indent=1))
@@ -99,8 +101,15 @@ def execute(spec: ExperimentSpec, want: Want, *, as_json: bool, room: bool = Fal
     return result
 
 
-def started(spec: ExperimentSpec, progress: Progress) -> Runtime:
+def started(
+    spec: ExperimentSpec, progress: Progress, ready: Callable[[], None] | None = None
+) -> Runtime:
     """Return what runs a spec's stages: this process at `workers: 0`, else Ray.
+
+    Args:
+        spec: The resolved experiment.
+        progress: Is told that Ray starts.
+        ready: See `make_runtime`.
 
     Raises:
         UserError: The cluster cannot be joined, or one of its hosts lacks the storage or the model.
@@ -112,7 +121,7 @@ def started(spec: ExperimentSpec, progress: Progress) -> Runtime:
     if not spec.resources.workers:
         return make_runtime(spec.resources)
     progress.start("start Ray")
-    runtime = make_runtime(spec.resources)
+    runtime = make_runtime(spec.resources, ready)
     progress.finish()
     model = Path(spec.model.path).expanduser()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qresafe.errors import ModelError
 from qresafe.planning.fitting import require_fit
 from qresafe.planning.hardware import (
     GIB,
@@ -25,8 +26,9 @@ USUAL = "A100-80"  # what is planned for where there is no GPU to look at
 def require_room(spec: ExperimentSpec, model: str, *, connected: bool) -> None:
     """Refuse an experiment that cannot fit into the GPUs, or the memory, that there are.
 
-    Called before Ray starts, where this machine is what there is, and again after, for a cluster.
-    Where nothing is known of the devices, nothing is refused.
+    Called before Ray starts, where this machine is what there is, and again for a cluster when
+    its nodes are there.
+    Where nothing is known of the devices, or of the model's shape, nothing is refused.
 
     Args:
         spec: The resolved experiment.
@@ -43,7 +45,10 @@ def require_room(spec: ExperimentSpec, model: str, *, connected: bool) -> None:
     cluster = ray_gpus(resources) if connected else _here(resources)
     if cluster is None:
         return
-    shape = shape_of(spec.model.model_copy(update={"path": model}))
+    try:
+        shape = shape_of(spec.model.model_copy(update={"path": model}))
+    except ModelError:  # an architecture whose config has other keys: `qresafe plan` says which
+        return
     require_fit(spec, make_plan(spec, shape, cluster))
 
 

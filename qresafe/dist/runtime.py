@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,18 @@ from qresafe.stages.runtime import (
 )
 
 
-def make_runtime(resources: ResourcesSpec) -> Runtime:
+def make_runtime(resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> Runtime:
     """Return what runs an experiment's stages: this process at `workers: 0`, else Ray.
+
+    Args:
+        resources: Cluster address, number of workers, and what each of them needs.
+        ready: See `RayRuntime`; this process is never waited for.
 
     Raises:
         ResourceError: The Ray cluster cannot be reached, or there is no GPU in this process.
     """
     if resources.workers:
-        return RayRuntime(resources)
+        return RayRuntime(resources, ready)
     device = "cuda" if resources.gpus_per_worker else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         what = f"no GPU here, but resources.gpus_per_worker is {resources.gpus_per_worker:g}"
@@ -70,12 +74,17 @@ class RayRuntime:
 
     Args:
         resources: Cluster address, number of workers, and what each of them needs.
+        ready: Called once, when nodes that were waited for are there and before any work on
+            them: an autoscaled cluster has none to look at before. It may raise.
 
     Raises:
         ResourceError: The cluster cannot be reached.
     """
 
-    def __init__(self, resources: ResourcesSpec) -> None:
+    def __init__(
+        self, resources: ResourcesSpec, ready: Callable[[], None] | None = None
+    ) -> None:
+        self._ready = ready
         self._resources, began = resources, time.perf_counter()
         self.workers = resources.workers
         self._opened = not ray.is_initialized()
@@ -128,6 +137,9 @@ class RayRuntime:
                 nothing is waited for there.
         """
         wait_for(self._resources, workers, patient=not self._opened_locally())
+        ready, self._ready = self._ready, None
+        if ready:
+            ready()
 
     def close(self) -> None:
         """End the engines, and the Ray session if this runtime opened it."""

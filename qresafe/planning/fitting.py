@@ -31,16 +31,19 @@ def require_fit(spec: ExperimentSpec, plan: Plan) -> None:
 def what_would_fit(
     spec: ExperimentSpec, shape: ModelShape, cluster: Cluster, known: Hardware | None = None
 ) -> str:
-    """Return what would make all stages fit: `--set` options, a cluster, or both; "" if nothing."""
+    """Return what would make all stages fit: `--set` options, GPUs, or both; "" if nothing.
+
+    GPUs are named without an option: `qresafe run` takes those it finds, and has none for them.
+    """
     ways = []
     changed, settings = _with_settings(spec, shape, cluster)
     if not make_plan(changed, shape, cluster).misfits:
         ways.append(" ".join(f"--set {key}={value}" for key, value in settings.items()))
     if larger := _larger(spec, shape, cluster, known or hardware()):
-        ways.append(f"--cluster {larger}")
+        ways.append(f"GPUs such as {larger}")
     elif not ways and (larger := _larger(changed, shape, cluster, known or hardware())):
         options = " ".join(f"--set {key}={value}" for key, value in settings.items())
-        ways.append(f"--cluster {larger} with {options}")
+        ways.append(f"GPUs such as {larger} with {options}")
     return f"would fit: {', or '.join(ways)}" if ways else ""
 
 

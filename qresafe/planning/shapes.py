@@ -16,6 +16,16 @@ from qresafe.specs import ModelSpec
 FILE = Path(__file__).with_name("shapes.yaml")
 # Architectures whose feed-forward part has two matrices instead of the gated three.
 UNGATED = {"gpt_neox", "phi", "opt", "gpt2", "falcon", "bloom", "starcoder2"}
+UNGATED |= {"gptj", "gpt_neo", "codegen", "gpt_bigcode", "mpt"}
+# What other architectures call these keys: transformers' attribute_maps, and two inner widths.
+ALIASES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "intermediate_size": ("n_inner", "ffn_dim"),
+}
+TIED = {"gpt2", "opt", "bloom"}  # their config.json need not say so
+POSITIONS = {"wpe", "embed_positions"}  # tables of positions: no linear layers
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -75,6 +85,7 @@ def shape_of(model: ModelSpec) -> ModelShape:
     Raises:
         ModelError: Neither a folder, nor known by name, nor in the hub's cache.
     """
+    _check_path(model.path)
     if (folder := _folder(model)) is not None:
         found = _from_folder(folder)
     elif (config := _known().get(model.path)) is not None:
@@ -93,6 +104,7 @@ def from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     Raises:
         ModelError: A key that it takes is missing.
     """
+    config = _renamed(config)
     try:
         hidden, blocks = int(config["hidden_size"]), int(config["num_hidden_layers"])
         heads, vocabulary = int(config["num_attention_heads"]), int(config["vocab_size"])
@@ -111,7 +123,7 @@ def from_config(config: Mapping[str, Any], name: str) -> ModelShape:
         (hidden, heads * width),
     ]
     feed = [(inner, hidden)] * (1 if ungated else 2) + [(hidden, inner)]
-    tied = bool(config.get("tie_word_embeddings", False))
+    tied = bool(config.get("tie_word_embeddings", config.get("model_type") in TIED))
     stored = config.get("dtype") or config.get("torch_dtype")
     biases = (heads + 2 * kv_heads) * width if config.get("model_type") == "qwen2" else 0
     return ModelShape(
@@ -131,6 +143,14 @@ def from_config(config: Mapping[str, Any], name: str) -> ModelShape:
     )
 
 
+def _renamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that has the usual keys where it has others for the same."""
+    found = {
+        key: config[alias] for key, names in ALIASES.items() for alias in names if alias in config
+    }
+    return found | dict(config)
+
+
 @cache
 def _known() -> dict[str, dict[str, Any]]:
     """Return hub id -> config of every model in shapes.yaml."""
@@ -139,6 +159,18 @@ def _known() -> dict[str, dict[str, Any]]:
         for alias in (name, *entry.get("same", ())):
             found[alias] = entry["config"]
     return found
+
+
+def _check_path(path: str) -> None:
+    """Refuse what can only be a local path, and leads nowhere.
+
+    Raises:
+        ModelError: There is nothing.
+    """
+    local = path.startswith((".", "/", "~")) or path.endswith("/") or path.count("/") > 1
+    if local and "://" not in path and not Path(path).expanduser().exists():
+        remedy = "give an existing folder with its config.json, or a hub id"
+        raise ModelError(f"no model folder {path!r}", where="model.path", remedy=remedy)
 
 
 def _folder(model: ModelSpec) -> Path | None:
@@ -152,9 +184,12 @@ def _folder(model: ModelSpec) -> Path | None:
         return path
     if model.path in _known() or model.path.count("/") != 1:
         return None
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    try:
+        cached = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    except errors.HFValidationError:  # no hub id: told as a model that is not known
+        return None
     return Path(cached).parent if isinstance(cached, str) else None
 
 
@@ -180,7 +215,10 @@ def _with_headers(shape: ModelShape, folder: Path) -> ModelShape:
     linears = tuple(
         (size[0], size[1])
         for name, size in sizes.items()
-        if len(size) == 2 and name.endswith(".weight") and shape.vocabulary not in size
+        if len(size) == 2
+        and name.endswith(".weight")
+        and shape.vocabulary not in size
+        and name.split(".")[-2] not in POSITIONS
     )
     total = sum(_product(size) for size in sizes.values())
     other = total - sum(rows * columns for rows, columns in linears)

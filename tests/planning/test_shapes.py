@@ -73,6 +73,43 @@ def test_a_folder_without_weights_is_read_from_its_config(tmp_path) -> None:
     assert shape_of(ModelSpec(path=str(tmp_path), dtype="float32")).bytes == 4
 
 
+OLDER = {  # the keys of their config.json
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 160, "n_positions": 32},
+    "opt": {
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 160,
+        "word_embed_proj_dim": 64,
+        "max_position_embeddings": 32,
+    },
+    "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4},
+    "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8},
+}
+
+
+@pytest.mark.parametrize("kind", OLDER)
+def test_older_architectures_have_other_names_for_their_sizes(kind: str, tmp_path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = OLDER[kind] | {"model_type": kind, "vocab_size": 96}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    shape = from_config(config, kind)
+    assert (shape.hidden, shape.blocks, shape.heads) == (64, 3, 4)
+    assert shape.feed_forward == (160 if kind in ("gpt2", "opt") else 256)
+    held = sum(p.numel() for p in model.parameters())
+    assert shape.parameters == pytest.approx(held, rel=0.05)
+    model.save_pretrained(tmp_path)
+    stored = shape_of(ModelSpec(path=str(tmp_path)))
+    assert stored.parameters == held
+    assert stored.quantized == shape.quantized == 3 * (4 * 64 * 64 + 2 * 64 * shape.feed_forward)
+
+
+def test_the_usual_names_come_first() -> None:
+    shape = from_config(CONFIG | {"n_embd": 1, "n_inner": None, "num_heads": 1}, "llama")
+    assert (shape.hidden, shape.feed_forward, shape.heads) == (64, 160, 4)
+
+
 def test_an_unknown_model_is_not_looked_up_on_the_net(monkeypatch) -> None:
     import socket
 
