@@ -131,6 +131,19 @@ def test_an_unfinished_search_keeps_the_trials_that_it_may_go_on_from(storage: s
     assert plan_removal(one(storage), whole=False, force=False).bytes == 30 + 10
 
 
+def test_a_storage_that_refuses_a_removal_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = f"memory://refusing-{time.monotonic_ns()}"
+    make(storage, "a", "patch", {}, work=30)
+    planned = plan_removal(one(storage), whole=False, force=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("AccessDenied")
+
+    monkeypatch.setattr(type(planned.paths[0].fs), "rm", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be used \(RuntimeError: AccessDenied\)"):
+        remove(planned)
+
+
 @pytest.mark.parametrize(
     ("storage", "said"),
     [("/nowhere/at/all", "no runs in /nowhere/at/all/runs"), ("nope://x", "no such storage")],
