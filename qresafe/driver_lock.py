@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 from upath import UPath
 
-from qresafe.artifacts import is_local, output_errors, write_text
+from qresafe.artifacts import client_errors, is_local, output_errors, write_text
 from qresafe.errors import ResourceError
 from qresafe.leftovers import process_began
 
@@ -108,7 +108,8 @@ def _locked(root: UPath) -> Iterator[None]:
         write_text(root / RECORD, Driver.here().model_dump_json())
         yield
     finally:
-        (root / RECORD).unlink(missing_ok=True)
+        with suppress(OSError):  # the lock alone counts, and what the block ended with
+            (root / RECORD).unlink(missing_ok=True)
         lock.release()
 
 
@@ -126,14 +127,9 @@ def _is_locked(root: UPath) -> bool:
 
 @contextmanager
 def _recorded(root: UPath) -> Iterator[None]:
-    found = driver_of(root)
-    if found and not (found.silent() and _stays_silent(root, found)):
-        raise _refused(root)
-    mine, over = Driver.here(), threading.Event()
-    write_text(root / RECORD, mine.model_dump_json())
-    found = driver_of(root)
-    if found and (found.host, found.process, found.since) != (mine.host, mine.process, mine.since):
-        raise _refused(root)  # it began at the same time, and wrote last
+    with client_errors(root):
+        mine = _take(root)
+    over = threading.Event()
     renewing = threading.Thread(target=_renew, args=(root, mine, over), daemon=True)
     renewing.start()
     try:
@@ -141,8 +137,21 @@ def _recorded(root: UPath) -> Iterator[None]:
     finally:
         over.set()
         renewing.join()
-        with suppress(OSError):
+        with suppress(Exception):  # a storage that is away must not hide how the block ended
             (root / RECORD).unlink()
+
+
+def _take(root: UPath) -> Driver:
+    """Write a record of this process, if nobody else has one, and return it."""
+    found = driver_of(root)
+    if found and not (found.silent() and _stays_silent(root, found)):
+        raise _refused(root)
+    mine = Driver.here()
+    write_text(root / RECORD, mine.model_dump_json())
+    found = driver_of(root)
+    if found and (found.host, found.process, found.since) != (mine.host, mine.process, mine.since):
+        raise _refused(root)  # it began at the same time, and wrote last
+    return mine
 
 
 def _stays_silent(root: UPath, driver: Driver) -> bool:

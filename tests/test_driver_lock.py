@@ -158,6 +158,17 @@ def test_when_a_process_began_is_not_told_by_the_clock() -> None:
     assert process_began(process.pid) is None
 
 
+def test_a_storage_that_refuses_its_record_is_one_sentence(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to locate credentials")
+
+    monkeypatch.setattr(type(bucket.fs), "_open", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be used .+ credentials"), sole_driver(bucket):
+        pass
+
+
 def test_half_a_record_is_no_driver(bucket: UPath) -> None:
     (bucket / RECORD).write_text('{"host": "x"')
     with sole_driver(bucket):
