@@ -88,6 +88,16 @@ def driver_of(root: UPath) -> Driver | None:
     return driver if _is_locked(root) else None
 
 
+def working(root: UPath) -> Driver | None:
+    """Return the driver that works on a run now; one that has been silent for long does not.
+
+    For showing and planning: to take a run, `sole_driver` watches besides. A kernel's lock needs
+    no words: its driver never renews the record.
+    """
+    driver = driver_of(root)
+    return None if driver and driver.silent() and not is_local(root) else driver
+
+
 def _read(root: UPath) -> Driver | None:
     try:
         return Driver.model_validate_json((root / RECORD).read_text())

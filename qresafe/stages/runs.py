@@ -12,7 +12,7 @@ from upath import UPath
 
 from qresafe import failure, progress_file
 from qresafe.artifacts import Manifest, Run, client_errors, output_errors
-from qresafe.driver_lock import Driver, driver_of, sole_driver
+from qresafe.driver_lock import Driver, sole_driver, working
 from qresafe.errors import CorruptArtifactError, DataError, nearest
 from qresafe.failure import Failure
 from qresafe.progress_file import RunProgress
@@ -75,7 +75,7 @@ class RunFolder:
 
     Attributes:
         path: Its folder.
-        driver: Who works on it now.
+        driver: Who works on it now; not a lost host, whose record on an object store is silent.
         stages: What it has, finished or not.
         failure: Why its last command failed, None if it did not.
         progress: How far it is or, without a driver, how far it was when that was killed.
@@ -156,7 +156,7 @@ def _run(path: UPath, files: Set[str]) -> RunFolder:
     failed, begun = (f"{path.name}/{file}" in files for file in (failure.FILE, progress_file.FILE))
     return RunFolder(
         path,
-        driver_of(path),
+        working(path),
         failure=failure.read_failure(path) if failed else None,
         progress=progress_file.read_progress(path) if begun else None,
     )

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from qresafe import driver_lock, progress_file
 from qresafe.artifacts import Artifact, Run
-from qresafe.driver_lock import sole_driver
+from qresafe.driver_lock import Driver, sole_driver
 from qresafe.errors import DataError, ResourceError, UserError
+from qresafe.progress_file import RunProgress
 from qresafe.stages.runs import RunFolder, differences, find_runs, pick, plan_removal, remove
 
 
@@ -119,6 +121,31 @@ def test_a_run_with_a_driver_is_left_alone(storage: str) -> None:
         with pytest.raises(ResourceError, match="has a driver already"):
             remove(planned)  # planned before that driver came
     assert one(storage).bytes > 100
+
+
+def test_a_lost_hosts_run_is_not_running_and_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an object store, whose record outlives its driver."""
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 0.2)
+    storage, month = f"memory://lost-{time.monotonic_ns()}", time.time() - 30 * 86400
+    made = make(storage, "a", "patch", {})
+    lost = Driver.here().model_copy(update={"host": "lost", "since": month, "seen": month})
+    (made.path.parent.parent / driver_lock.RECORD).write_text(lost.model_dump_json())
+    run = one(storage)
+    assert (run.state, run.driver) == ("finished", None)
+    told = RunProgress(host="lost", process=1, updated=month, stages=[])
+    (run.path / progress_file.FILE).write_text(told.model_dump_json())
+    assert one(storage).state == "killed"
+    remove(plan_removal(one(storage), whole=True, force=True))
+    assert find_runs(storage) == []
+
+
+def test_a_local_driver_need_not_say_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(str(tmp_path), "a", "patch", {})
+    with sole_driver(Run(str(tmp_path), "a").root):
+        monkeypatch.setattr(Driver, "silent", lambda self: True)
+        assert one(str(tmp_path)).state == "running"
 
 
 def test_an_unfinished_search_keeps_the_trials_that_it_may_go_on_from(storage: str) -> None:
