@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from upath import UPath
 
-from qresafe.errors import CorruptArtifactError, ResourceError
+from qresafe.errors import CorruptArtifactError, ResourceError, UserError
 from qresafe.integrity import damage, tell
 from qresafe.integrity import hash_file as hash_file
 from qresafe.leftovers import MARK, aside, sweep
@@ -99,7 +99,7 @@ class Run:
             ResourceError: The storage cannot be reached or written.
         """
         probe = self.root / f".probe-{os.getpid()}"
-        with output_errors(self.root), _client_errors(self.root):
+        with output_errors(self.root), client_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             write_text(probe, "")
             probe.unlink()
@@ -345,16 +345,18 @@ def output_errors(path: UPath | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _client_errors(path: UPath) -> Iterator[None]:
+def client_errors(path: UPath) -> Iterator[None]:
     """Turn what a remote storage's client raises into one sentence: each has errors of its own."""
     try:
         yield
+    except UserError:  # it is a sentence already
+        raise
     except Exception as error:
         if is_local(path):
             raise
         told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         remedy = "check its address, your keys for it, and the network"
-        what = f"the storage does not let this process write ({told})"
+        what = f"the storage cannot be used ({told})"
         raise ResourceError(what, where=str(path), remedy=remedy) from error
 
 

@@ -3,9 +3,10 @@
 On a file system that the operating system mounts (also NFS with its lock service) the kernel keeps
 the lock, and gives it back when its process ends, however it ends. An object store has no locks:
 there a record beside the run names the driver, which renews it. A record whose process is known to
-be gone is taken over; so is one that looks old and is not renewed while we watch it. How old it
-looks is told by clocks, which may be wrong or be set, so that alone decides nothing. Two drivers
-that begin within the same fraction of a second can both get such a record.
+be gone is taken over. One of another host is watched: renewed, its driver is there; taken over is
+what looks old and is not renewed meanwhile. How old it looks is told by clocks, which may be wrong
+or be set, so that alone decides nothing. Two drivers that begin within the same fraction of a
+second can both get such a record.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from datetime import UTC, datetime
 from pydantic import BaseModel, ConfigDict
 from upath import UPath
 
-from qresafe.artifacts import is_local, output_errors, write_text
+from qresafe.artifacts import client_errors, is_local, output_errors, write_text
 from qresafe.errors import ResourceError
+from qresafe.integrity import tell
 from qresafe.leftovers import process_began
 
 PATIENCE = 0.5  # seconds; longer than `driver_of` takes to look at a lock
@@ -88,6 +90,16 @@ def driver_of(root: UPath) -> Driver | None:
     return driver if _is_locked(root) else None
 
 
+def working(root: UPath) -> Driver | None:
+    """Return the driver that works on a run now; one that has been silent for long does not.
+
+    For showing and planning: to take a run, `sole_driver` watches besides. A kernel's lock needs
+    no words: its driver never renews the record.
+    """
+    driver = driver_of(root)
+    return None if driver and driver.silent() and not is_local(root) else driver
+
+
 def _read(root: UPath) -> Driver | None:
     try:
         return Driver.model_validate_json((root / RECORD).read_text())
@@ -108,7 +120,8 @@ def _locked(root: UPath) -> Iterator[None]:
         write_text(root / RECORD, Driver.here().model_dump_json())
         yield
     finally:
-        (root / RECORD).unlink(missing_ok=True)
+        with suppress(OSError):  # the lock alone counts, and what the block ended with
+            (root / RECORD).unlink(missing_ok=True)
         lock.release()
 
 
@@ -126,14 +139,9 @@ def _is_locked(root: UPath) -> bool:
 
 @contextmanager
 def _recorded(root: UPath) -> Iterator[None]:
-    found = driver_of(root)
-    if found and not (found.silent() and _stays_silent(root, found)):
-        raise _refused(root)
-    mine, over = Driver.here(), threading.Event()
-    write_text(root / RECORD, mine.model_dump_json())
-    found = driver_of(root)
-    if found and (found.host, found.process, found.since) != (mine.host, mine.process, mine.since):
-        raise _refused(root)  # it began at the same time, and wrote last
+    with client_errors(root):
+        mine = _take(root)
+    over = threading.Event()
     renewing = threading.Thread(target=_renew, args=(root, mine, over), daemon=True)
     renewing.start()
     try:
@@ -141,17 +149,37 @@ def _recorded(root: UPath) -> Iterator[None]:
     finally:
         over.set()
         renewing.join()
-        with suppress(OSError):
+        with suppress(Exception):  # a storage that is away must not hide how the block ended
             (root / RECORD).unlink()
 
 
-def _stays_silent(root: UPath, driver: Driver) -> bool:
-    """Watch a record; return whether nobody renewed it."""
-    deadline = time.monotonic() + WATCH_SECONDS
-    while time.monotonic() < deadline:
+def _take(root: UPath) -> Driver:
+    """Write a record of this process, if nobody else has one, and return it."""
+    found = driver_of(root)
+    if found and not _falls_silent(root, found):
+        raise _refused(root)
+    mine = Driver.here()
+    write_text(root / RECORD, mine.model_dump_json())
+    found = driver_of(root)
+    if found and (found.host, found.process, found.since) != (mine.host, mine.process, mine.since):
+        raise _refused(root)  # it began at the same time, and wrote last
+    return mine
+
+
+def _falls_silent(root: UPath, driver: Driver) -> bool:
+    """Watch a record; return whether nobody renews it until it counts as silent, or it goes.
+
+    A driver that is there renews it within `RENEW_SECONDS`. So this takes long only where a host
+    was lost a short while ago: a job that is tried again, on another host, goes on from there.
+    """
+    if driver.host == socket.gethostname() and not driver.silent():
+        return False  # its process is known to run
+    tell(f"{root} has a record of {driver}: watching whether that is still there")
+    began = time.monotonic()
+    while not driver.silent() or time.monotonic() < began + WATCH_SECONDS:
         time.sleep(min(WATCH_SECONDS / 10, 2.0))
-        if _read(root) != driver:
-            return False
+        if (now := _read(root)) != driver:
+            return now is None and not (root / RECORD).exists()
     return True
 
 

@@ -18,6 +18,7 @@ from upath import UPath
 
 from qresafe import errors
 from qresafe.artifacts import write_text
+from qresafe.patience import patiently
 from qresafe.redaction import redact
 
 FILE = "error.json"
@@ -88,10 +89,12 @@ def failures_recorded(root: UPath, stage: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(OSError):  # the storage itself may be what failed
+        # The storage itself may be what failed, and its clients have errors of their own.
+        with suppress(Exception):
             write_text(root / FILE, describe(error, stage()).model_dump_json(indent=1))
         raise
-    (root / FILE).unlink(missing_ok=True)
+    with suppress(Exception):  # what was made counts, not the note on an earlier failure
+        patiently(lambda: (root / FILE).unlink(missing_ok=True), root / FILE)
 
 
 def read_failure(root: UPath) -> Failure | None:

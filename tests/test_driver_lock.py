@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -92,7 +94,7 @@ def test_a_record_is_taken_over_when_its_driver_is_gone(
     elsewhere = here.model_copy(update={"host": "another-host"})
     reused = here.model_copy(update={"began": here.began - 5.0})  # its number is ours now
     silent = elsewhere.model_copy(update={"seen": now - driver_lock.STALE_SECONDS - 1})
-    for driver, gone in ((here, False), (elsewhere, False), (reused, True), (silent, True)):
+    for driver, gone in ((here, False), (reused, True), (silent, True)):
         assert (driver.gone() or driver.silent()) is gone
         (bucket / RECORD).write_text(driver.model_dump_json())
         if gone:
@@ -101,6 +103,36 @@ def test_a_record_is_taken_over_when_its_driver_is_gone(
             continue
         with pytest.raises(ResourceError, match=driver.host), sole_driver(bucket):
             pass
+
+
+def test_a_retry_waits_until_the_record_of_a_lost_host_is_silent(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(driver_lock, "STALE_SECONDS", 1.0)
+    lost = Driver.here().model_copy(update={"host": "lost"})
+    (bucket / RECORD).write_text(lost.model_dump_json())
+    with sole_driver(bucket):
+        assert time.time() > lost.seen + 1.0
+    assert "watching whether that is still there" in caplog.text
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_another_host_does_meanwhile_decides_at_once(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 0.1)
+    there = Driver.here().model_copy(update={"host": "another-host"})
+    (bucket / RECORD).write_text(there.model_dump_json())
+    later = there.model_copy(update={"seen": time.time(), "renewed": 1}).model_dump_json()
+    does = (bucket / RECORD).unlink if ends else lambda: (bucket / RECORD).write_text(later)
+    meanwhile = threading.Timer(0.3, does)
+    meanwhile.start()
+    refused = pytest.raises(ResourceError, match="another-host")
+    with nullcontext() if ends else refused, sole_driver(bucket):
+        pass
+    assert time.time() < there.seen + 60  # and not after STALE_SECONDS
+    meanwhile.join()
 
 
 def test_a_record_is_renewed(bucket: UPath, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +156,6 @@ def test_a_clock_that_jumps_gives_no_run_away(
     monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 2.0)
     real = time.time
     with sole_driver(bucket):
-        elsewhere = driver_of(bucket)
-        assert elsewhere
         # The newcomer's clock is a day off, so that the record looks a day old, or of tomorrow.
         monkeypatch.setattr(Driver, "silent", lambda self: abs(real() + jump - self.seen) > 600)
         with pytest.raises(ResourceError, match="a driver already"), sole_driver(bucket):
@@ -156,6 +186,17 @@ def test_when_a_process_began_is_not_told_by_the_clock() -> None:
     process.kill()
     process.wait()
     assert process_began(process.pid) is None
+
+
+def test_a_storage_that_refuses_its_record_is_one_sentence(
+    bucket: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to locate credentials")
+
+    monkeypatch.setattr(type(bucket.fs), "_open", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be used .+ credentials"), sole_driver(bucket):
+        pass
 
 
 def test_half_a_record_is_no_driver(bucket: UPath) -> None:

@@ -7,13 +7,16 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from upath import UPath
 
+from qresafe import patience
 from qresafe.driving import driving
-from qresafe.errors import DataError, ResourceError, causes, located, place_of
+from qresafe.errors import DataError, ResourceError, SpecError, causes, located, place_of
 from qresafe.failure import describe, read_failure
 from qresafe.progress import Silent
 from qresafe.redaction import redact
@@ -49,6 +52,31 @@ def test_a_failure_is_told_replaced_and_removed(tmp_path: Path) -> None:
         pass
     assert read_failure(root) is None
     assert sorted(path.name for path in Path(str(root)).iterdir()) == [".driver.lock"]
+
+
+class EndpointConnectionError(Exception):
+    """Named as botocore's, which is no OSError either."""
+
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize("ending", [None, KeyboardInterrupt(), SpecError("unknown key 'x'")])
+def test_a_storage_that_is_away_at_the_end_does_not_hide_the_ending(
+    ending: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = UPath(f"memory://away-{time.monotonic_ns()}/runs/a")
+    monkeypatch.setattr(patience, "PAUSES", ())
+
+    def away(*_: object, **__: object) -> None:
+        raise EndpointConnectionError("Could not connect to the endpoint URL")
+
+    expected = pytest.raises(type(ending)) if ending else nullcontext()
+    with expected as caught, driving(root, Silent()):
+        for name in ("_open", "info", "exists", "rm", "rm_file", "_rm"):
+            monkeypatch.setattr(type(root.fs), name, away)
+        if ending:
+            raise ending
+    assert ending is None or caught.value is ending
 
 
 def test_a_bug_has_a_trace_and_ctrl_c_has_none() -> None:

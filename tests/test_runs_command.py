@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from qresafe.cli import main
 from qresafe.commands.runs import size
@@ -65,6 +68,42 @@ def test_whole_runs_must_be_named_or_old(storage: str, capsys: pytest.CaptureFix
     assert sorted(path.name for path in Path(storage, "runs").iterdir()) == ["a", "b"]
     assert run("prune", "a", "--storage", storage, "--whole", "--yes") == 0
     assert [path.name for path in Path(storage, "runs").iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("storage", "keys", "said"),
+    [
+        ("s3://bucket/x", False, "NoCredentialsError"),
+        ("s3://", False, "NoCredentialsError"),
+        ("s3://bucket/x", True, "EndpointConnectionError"),
+        ("gs://bucket/x", False, "ImportError"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_sentence(
+    storage: str,
+    keys: bool,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    if said == "ImportError":  # as where gcsfs is not installed
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if keys:
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+        for name, value in zip(names, ("a", "b", "http://127.0.0.1:1"), strict=True):
+            monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    for words in (["list"], ["show", "a"], ["prune", "a", "--yes"]):
+        assert run(*words, "--storage", storage) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: the storage cannot be used ({said}: ")
+        assert "your keys for it" in error
+        assert "Traceback" not in error
 
 
 def test_sizes_in_words() -> None:

@@ -9,10 +9,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
+import requests
+import typer
 
 from qresafe.cli import main
-from qresafe.commands.submit import command_of
+from qresafe.commands.submit import NOT_FOLLOWED, command_of
+from qresafe.commands.submit import _follow as follow
 from qresafe.dist import jobs
 from qresafe.dist.upload import measure_upload
 from qresafe.errors import ResourceError, SpecError
@@ -65,6 +69,12 @@ def test_mistakes_end_before_anything_is_sent(
     assert "no address" in refused(capsys, "demo", *folder, "--address", "ray://head:10001")
     assert "no address" in refused(capsys, "demo", *folder, "--address", "http://head:port")
     assert "no PRESET" in refused(capsys)
+    unreached = [*folder, "--address", "http://127.0.0.1:1"]
+    assert "no search space named 'nosuchspace'" in refused(
+        capsys, "nosuchspace", "--search", *unreached
+    )
+    words = ["quick-cpu", "--search", "--set", "nonsense.key=1", *unreached]
+    assert "nonsense" in refused(capsys, *words)
 
 
 def test_a_missing_token_is_found_here(
@@ -144,6 +154,56 @@ def test_a_log_goes_on_where_the_connection_broke() -> None:
     ending = jobs.follow(Client(), "id", log.append)  # type: ignore[arg-type]
     assert "".join(log) == "one\ntwo\nthree\n"
     assert ending == jobs.Ending("FAILED", 3, "because")
+
+
+class Away:
+    """A client whose cluster is away for so many questions after each answer, then done."""
+
+    def __init__(self, times: int) -> None:
+        self.times = self.left = times
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield "one\n"
+        raise aiohttp.ClientConnectionError("Cannot connect to host head:8265")
+
+    def _asked(self) -> SimpleNamespace:
+        self.left -= 1
+        if self.left >= 0:
+            raise requests.ConnectionError("Connection refused")
+        self.left = self.times
+        return SimpleNamespace(is_terminal=lambda: True, status="SUCCEEDED", message="")
+
+    def get_job_status(self, job: str) -> SimpleNamespace:
+        return self._asked()
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(**vars(self._asked()) | {"status": jobs.JobStatus.SUCCEEDED})
+
+
+def test_a_cluster_that_is_away_for_a_moment_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "AGAIN_SECONDS", 0.0)
+    log: list[str] = []
+    ending = jobs.follow(Away(2), "id", log.append)  # type: ignore[arg-type]
+    assert (log, ending.code) == (["one\n"], 0)
+
+
+def test_a_cluster_that_stays_away_is_no_mistake_of_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "AWAY_SECONDS", 0.1)
+    with pytest.raises(typer.Exit) as leaving:
+        follow(Away(10**9), "id")  # type: ignore[arg-type]
+    assert leaving.value.exit_code == NOT_FOLLOWED
+    said = capsys.readouterr().err
+    assert "no answer to use from http://head:8265 (Connection refused)" in said
+    assert "the job goes on, unless its cluster ended" in said
+    assert "qresafe submit --stop id" in said
 
 
 # ---------------------------------------------------------------- for real

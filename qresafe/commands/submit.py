@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from qresafe.commands.options import Name, Overrides, Storage, Workers, experiment
-from qresafe.errors import SpecError
+from qresafe.commands.search import load
+from qresafe.errors import ResourceError, SpecError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-NOT_FOLLOWED = 3  # the exit code after Ctrl-C: the job goes on
+NOT_FOLLOWED = 3  # the exit code after Ctrl-C or a broken connection: the job goes on
 
 Address = Annotated[
     str | None,
@@ -66,7 +67,9 @@ def submit(
     shared = {"--workers": workers, "--storage": storage, "--name": name}
     options = [f"--set={each}" for each in overrides or []]
     options += [f"{key}={value}" for key, value in shared.items() if value is not None]
-    if not search:
+    if search:
+        load(preset, overrides, workers=workers, storage=storage, name=name)
+    else:
         experiment(preset, overrides, workers=workers, storage=storage, name=name)
     command = command_of(_sent(preset, working_dir), stage, search, options)
 
@@ -136,11 +139,16 @@ def _follow(client: JobSubmissionClient, job: str) -> NoReturn:
     from qresafe.console import FollowedLog
     from qresafe.dist import jobs
 
+    stop = f"stop it with: qresafe submit --stop {job}"
     try:
         with closing(FollowedLog()) as log:
             ending = jobs.follow(client, job, log)
     except KeyboardInterrupt:
-        _note(f"the job goes on; stop it with: qresafe submit --stop {job}")
+        _note(f"the job goes on; {stop}")
+        raise typer.Exit(NOT_FOLLOWED) from None
+    except ResourceError as error:  # its exit code would be that of a job's own mistake
+        _note(f"error: {error}")
+        _note(f"the job goes on, unless its cluster ended; {stop}")
         raise typer.Exit(NOT_FOLLOWED) from None
     _note(f"job {job}: {ending.status}" + (f" ({ending.message})" if ending.code else ""))
     raise typer.Exit(ending.code)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
@@ -12,16 +14,34 @@ from ray.experimental.internal_kv import _internal_kv_get
 # A demand that an autoscaler saw and started nothing for, for so long, cannot be met. It looks
 # every five seconds, and tries a failed start again.
 PATIENCE_SECONDS = 30
+# A cluster keeps one request only, the last one: another job's replaces ours.
+ASK_SECONDS = 5
 
 
 @contextmanager
-def demanded(bundle: Mapping[str, float], count: int) -> Iterator[None]:
-    """Ask for room for `count` bundles meanwhile; the autoscaler sees no demand from waiting."""
+def demanded(bundle: Mapping[str, float], count: int) -> Iterator[Callable[[], None]]:
+    """Ask for room for `count` bundles meanwhile; the autoscaler sees no demand from waiting.
+
+    Jobs that wait at the same time on one cluster take turns: their demands are not added up. The
+    cluster grows to the largest of them, and a demand that cannot be met may be told only after
+    `wait_seconds`, as it is not seen all the time.
+
+    Returns:
+        What asks again; to be called while waiting, as often as one likes.
+    """
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[dict(bundle)] * count)
+    asked = -math.inf
+
+    def ask() -> None:
+        nonlocal asked
+        if (now := time.monotonic()) >= asked + ASK_SECONDS:
+            request_resources(bundles=[dict(bundle)] * count)
+            asked = now
+
+    ask()
     try:
-        yield
+        yield ask
     finally:
         request_resources(bundles=[])
 

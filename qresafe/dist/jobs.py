@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -35,7 +36,9 @@ PASSED = (
     "QRESAFE_STORAGE",
 )
 CONNECT_SECONDS = 10.0
+AWAY_SECONDS, AGAIN_SECONDS = 60.0, 2.0  # how long a cluster may be away from one who follows a job
 
+T = TypeVar("T")
 Say = Callable[[str], None]
 
 
@@ -159,10 +162,14 @@ def submit(client: JobSubmissionClient, job: Job, say: Say) -> str:
 
 
 def follow(client: JobSubmissionClient, job: str, say: Say) -> Ending:
-    """Hand a job's log to `say` as it grows, until the job ends; return how it ended."""
+    """Hand a job's log to `say` as it grows, until the job ends; return how it ended.
+
+    Raises:
+        ResourceError: The cluster does not answer, for a minute; the job may go on.
+    """
     with _answers(client.get_address(), job):
         asyncio.run(_tail(client, job, say))
-        return _ending(client, job)
+        return _answered(lambda: _ending(client, job))
 
 
 def stop(client: JobSubmissionClient, job: str, patience: float = 60.0) -> Ending:
@@ -192,11 +199,23 @@ async def _tail(client: JobSubmissionClient, job: str, say: Say) -> None:
                     say(fresh)
                 place += len(text)
                 shown = max(shown, place)
-        except RuntimeError:  # the connection broke: the job goes on
+        except (RuntimeError, OSError, aiohttp.ClientError):  # it broke: the job goes on
             pass
-        if client.get_job_status(job).is_terminal():
+        if _answered(lambda: client.get_job_status(job)).is_terminal():
             return
         await asyncio.sleep(1.0)
+
+
+def _answered(ask: Callable[[], T]) -> T:
+    """Return the cluster's answer; one that is away is asked again for `AWAY_SECONDS`."""
+    deadline = time.monotonic() + AWAY_SECONDS
+    while True:
+        try:
+            return ask()
+        except OSError:  # also what `requests` raises
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(AGAIN_SECONDS)
 
 
 def _ending(client: JobSubmissionClient, job: str) -> Ending:

@@ -175,8 +175,9 @@ def wait_for(wanted: ResourcesSpec, workers: int, *, patient: bool) -> None:
         raise _too_small(wanted, workers, places)
     moved = began = time.monotonic()
     bundle = _bundle(wanted)
-    with autoscaler.demanded(bundle, workers):
+    with autoscaler.demanded(bundle, workers) as ask_again:
         while (places := count_places(wanted)) < workers:
+            ask_again()
             now = time.monotonic()
             moved = moved if autoscaler.is_idle(bundle, workers) else now
             refused = now - moved >= autoscaler.PATIENCE_SECONDS

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from upath import UPath
 
 from qresafe import failure, progress_file
-from qresafe.artifacts import Manifest, Run, output_errors
-from qresafe.driver_lock import Driver, driver_of, sole_driver
+from qresafe.artifacts import Manifest, Run, client_errors, output_errors
+from qresafe.driver_lock import Driver, sole_driver, working
 from qresafe.errors import CorruptArtifactError, DataError, nearest
 from qresafe.failure import Failure
 from qresafe.progress_file import RunProgress
@@ -75,7 +75,7 @@ class RunFolder:
 
     Attributes:
         path: Its folder.
-        driver: Who works on it now.
+        driver: Who works on it now; not a lost host, whose record on an object store is silent.
         stages: What it has, finished or not.
         failure: Why its last command failed, None if it did not.
         progress: How far it is or, without a driver, how far it was when that was killed.
@@ -126,9 +126,14 @@ def find_runs(storage: str) -> list[RunFolder]:
 
     Raises:
         DataError: There are no runs.
-        ResourceError: There is no such storage.
+        ResourceError: There is no such storage, or it cannot be used from here.
     """
     root = Run(storage, "any").root.parent.absolute()
+    with client_errors(root):
+        return _runs_in(root)
+
+
+def _runs_in(root: UPath) -> list[RunFolder]:
     if not root.is_dir():
         remedy = "give the --storage that the runs were made with"
         raise DataError("no runs", where=str(root), remedy=remedy)
@@ -151,7 +156,7 @@ def _run(path: UPath, files: Set[str]) -> RunFolder:
     failed, begun = (f"{path.name}/{file}" in files for file in (failure.FILE, progress_file.FILE))
     return RunFolder(
         path,
-        driver_of(path),
+        working(path),
         failure=failure.read_failure(path) if failed else None,
         progress=progress_file.read_progress(path) if begun else None,
     )
@@ -271,9 +276,10 @@ def remove(removal: Removal) -> None:
     Raises:
         ResourceError: The run has a driver by now, or may not be written.
     """
-    with sole_driver(removal.run.path), output_errors(removal.run.path):
+    root = removal.run.path
+    with client_errors(root), sole_driver(root), output_errors(root):
         for stage in removal.run.stages:
-            if any(path in (removal.run.path, stage.path) for path in removal.paths):
+            if any(path in (root, stage.path) for path in removal.paths):
                 (stage.path / stage.mark).unlink(missing_ok=True)
         for path in removal.paths:
             path.fs.rm(path.path, recursive=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qresafe.dist import autoscaler
+from qresafe.dist import autoscaler, runtime
+from qresafe.specs import ResourcesSpec
 
 WANTED = {"CPU": 1.0, "GPU": 8.0}
 
@@ -51,3 +52,29 @@ def test_nobody_says_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in (None, b"{}", json.dumps({"load_metrics_report": {}}).encode()):
         _says(monkeypatch, text)
         assert not autoscaler.is_idle(WANTED, 2)
+
+
+def test_a_demand_that_another_job_replaced_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster has room for one request: the other job, done waiting, sends an empty one."""
+    standing: list[dict[str, float]] = []
+    sleeps = 0
+
+    def request(*, bundles: list[dict[str, float]]) -> None:
+        standing[:] = bundles
+
+    def other_job_ends(seconds: float) -> None:
+        nonlocal sleeps
+        sleeps += 1
+        if sleeps == 1:
+            request(bundles=[])
+
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request)
+    monkeypatch.setattr(autoscaler, "ASK_SECONDS", 0)
+    monkeypatch.setattr(autoscaler, "is_idle", lambda bundle, count: False)
+    monkeypatch.setattr(runtime.time, "sleep", other_job_ends)
+    monkeypatch.setattr(
+        runtime, "count_places", lambda wanted: 2 if sleeps > 1 and standing else 0
+    )
+    wanted = ResourcesSpec(workers=2, cpus_per_worker=1, wait_seconds=1)
+    runtime.wait_for(wanted, 2, patient=True)
+    assert standing == []  # ours is taken back, too

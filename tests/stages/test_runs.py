@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from upath import UPath
 
+from qresafe import driver_lock, progress_file
 from qresafe.artifacts import Artifact, Run
-from qresafe.driver_lock import sole_driver
+from qresafe.driver_lock import Driver, sole_driver
 from qresafe.errors import DataError, ResourceError, UserError
+from qresafe.progress_file import RunProgress
 from qresafe.stages.runs import RunFolder, differences, find_runs, pick, plan_removal, remove
 
 
@@ -121,6 +123,31 @@ def test_a_run_with_a_driver_is_left_alone(storage: str) -> None:
     assert one(storage).bytes > 100
 
 
+def test_a_lost_hosts_run_is_not_running_and_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an object store, whose record outlives its driver."""
+    monkeypatch.setattr(driver_lock, "WATCH_SECONDS", 0.2)
+    storage, month = f"memory://lost-{time.monotonic_ns()}", time.time() - 30 * 86400
+    made = make(storage, "a", "patch", {})
+    lost = Driver.here().model_copy(update={"host": "lost", "since": month, "seen": month})
+    (made.path.parent.parent / driver_lock.RECORD).write_text(lost.model_dump_json())
+    run = one(storage)
+    assert (run.state, run.driver) == ("finished", None)
+    told = RunProgress(host="lost", process=1, updated=month, stages=[])
+    (run.path / progress_file.FILE).write_text(told.model_dump_json())
+    assert one(storage).state == "killed"
+    remove(plan_removal(one(storage), whole=True, force=True))
+    assert find_runs(storage) == []
+
+
+def test_a_local_driver_need_not_say_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(str(tmp_path), "a", "patch", {})
+    with sole_driver(Run(str(tmp_path), "a").root):
+        monkeypatch.setattr(Driver, "silent", lambda self: True)
+        assert one(str(tmp_path)).state == "running"
+
+
 def test_an_unfinished_search_keeps_the_trials_that_it_may_go_on_from(storage: str) -> None:
     make(storage, "a", "patch", {}, work=30)
     folder = cut_off(storage, "a", "search")
@@ -129,6 +156,19 @@ def test_an_unfinished_search_keeps_the_trials_that_it_may_go_on_from(storage: s
     assert "unfinished search" in plan.kept
     (folder / "report.html").write_text("the last file of a search")
     assert plan_removal(one(storage), whole=False, force=False).bytes == 30 + 10
+
+
+def test_a_storage_that_refuses_a_removal_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = f"memory://refusing-{time.monotonic_ns()}"
+    make(storage, "a", "patch", {}, work=30)
+    planned = plan_removal(one(storage), whole=False, force=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("AccessDenied")
+
+    monkeypatch.setattr(type(planned.paths[0].fs), "rm", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be used \(RuntimeError: AccessDenied\)"):
+        remove(planned)
 
 
 @pytest.mark.parametrize(
