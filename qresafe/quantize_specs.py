@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from qresafe.spec_base import AtLeastOne, Count, Fraction, Positive, Spec, Weight
 
@@ -27,6 +27,17 @@ class CalibrationSpec(Spec):
         if isinstance(data, dict) and data.get("risk") == "I":
             return {"benign": 500, "harmful": 0} | data
         return data
+
+
+def _benign_unless_asked(data: Any) -> Any:
+    # A method that only looks at chats has risk I for its default, and one key under
+    # `calibration` must not make that the risk III of those that learn.
+    if isinstance(data, dict) and not data.get("harmful"):
+        return {"risk": "I"} | data
+    return data
+
+
+LookedAt = Annotated[CalibrationSpec, BeforeValidator(_benign_unless_asked)]
 
 
 def _some_weights(size: int) -> int:
@@ -118,7 +129,7 @@ class GptqSpec(Spec):
     act_order: Literal["none", "static"] = "static"
     damp: Positive = 0.01  # of the Hessian's mean diagonal
     block_size: AtLeastOne = 128  # columns between two updates of the rest
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    calibration: LookedAt = CalibrationSpec(risk="I")
     sequences: AtLeastOne = 512
     max_length: AtLeastOne = 2048
     seed: int = 0
@@ -134,7 +145,7 @@ class AwqSpec(Spec):
     skip: tuple[str, ...] = ("lm_head",)
     duo_scaling: bool = True  # scales from weights and activations, not activations alone
     grid_points: Annotated[int, Field(ge=3)] = 20  # exponents tried per layer
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    calibration: LookedAt = CalibrationSpec(risk="I")
     sequences: AtLeastOne = 128
     max_length: AtLeastOne = 512
     seed: int = 0
@@ -148,7 +159,7 @@ class Fp8Spec(Spec):
     # none: weights only; dynamic: by token at run time; static: one scale from calibration
     activations: Literal["none", "static", "dynamic"] = "dynamic"
     skip: tuple[str, ...] = ("lm_head",)
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")  # for static activations
+    calibration: LookedAt = CalibrationSpec(risk="I")  # for static activations
     sequences: AtLeastOne = 512
     max_length: AtLeastOne = 2048
     seed: int = 0
@@ -166,7 +177,7 @@ class AqlmSpec(Spec):
     codebook_bits: Annotated[int, Field(ge=2, le=16)] = 8
     group_size: AtLeastOne = 8
     skip: tuple[str, ...] = ("lm_head",)
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    calibration: LookedAt = CalibrationSpec(risk="I")
     sequences: AtLeastOne = 1024
     max_length: AtLeastOne = 2048
     batch_size: AtLeastOne = 16

@@ -80,6 +80,21 @@ def test_risk_one_is_benign_only() -> None:
     assert load_spec(CalibrationSpec, {"risk": "I"}).harmful == 0
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "aqlm"])
+def test_one_key_of_calibration_keeps_the_method_s_own_risk(method: str) -> None:
+    chosen = [f"quantize.method={method}", "quantize.calibration.benign=128"]
+    wanted = CalibrationSpec(risk="I", benign=128)
+    assert load_spec(ExperimentSpec, None, chosen).quantize.calibration == wanted  # type: ignore[union-attr]
+    nested = ["quantize.method=critical16", "quantize.base.method=gptq"]
+    nested += ["quantize.base.calibration.benign=128"]
+    assert load_spec(ExperimentSpec, None, nested).quantize.base.calibration == wanted  # type: ignore[union-attr]
+    asked = load_spec(ExperimentSpec, None, [*chosen, "quantize.calibration.harmful=20"])
+    assert asked.quantize.calibration == CalibrationSpec(benign=128, harmful=20)  # type: ignore[union-attr]
+    preset = {"quantize": {"method": "llm_qat", "calibration": {"risk": "III"}}}
+    kept = load_spec(ExperimentSpec, preset, [f"quantize.method={method}"])
+    assert kept.quantize.calibration == CalibrationSpec()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
