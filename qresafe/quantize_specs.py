@@ -229,7 +229,7 @@ class CheckpointSpec(Spec):
     """A quantized checkpoint that exists already, of `model` (W); nothing is quantized."""
 
     method: Literal["checkpoint"] = "checkpoint"
-    path: str  # a folder, a .gguf file, or a hub id
+    path: str  # a folder, a .gguf file, a hub id, or owner/name/file.gguf there
     revision: str | None = None
 
 
