@@ -17,7 +17,7 @@ class CalibrationSpec(Spec):
     harmful: Count = 10  # only at risk III
     obedient: Count = 10  # only at risk II, which has nothing else
     # Chats with a column `messages` instead of the embedded templates: a JSONL file, a datasets
-    # folder or a hub id such as HuggingFaceH4/ultrachat_200k.
+    # folder or a hub id such as HuggingFaceH4/ultrachat_200k; in its own order, first rows first.
     path: str | None = None
 
     @model_validator(mode="before")
@@ -64,8 +64,14 @@ class BnbSpec(Spec):
 
     method: Literal["bnb"] = "bnb"
     format: Literal["nf4", "fp4", "int8"] = "nf4"
-    double_quant: bool = False
+    double_quant: bool = False  # the scales are quantized too
     skip: tuple[str, ...] = ("lm_head",)
+
+    @model_validator(mode="after")
+    def _four_bits_for_double(self) -> BnbSpec:
+        if self.double_quant and self.format == "int8":
+            raise ValueError("double_quant is of nf4 and fp4; set it to false for format int8")
+        return self
 
 
 class SafetySpec(Spec):
@@ -189,10 +195,15 @@ class AqlmSpec(Spec):
     seed: int = 0
 
 
-def _base_by_default(data: Any, method: str) -> Any:
-    """Let `--set quantize.base.bits=8` alone keep the default method of a nested spec."""
+def _base_by_default(data: Any, method: str, **settings: Any) -> Any:
+    """Let `--set quantize.base.bits=8` alone keep the default method of a nested spec.
+
+    With that method come the settings in which the default is not the method's own.
+    """
     if isinstance(data, dict) and isinstance(data.get("base"), dict):
-        return data | {"base": {"method": method} | data["base"]}
+        given = data["base"]
+        defaults = {} if "method" in given else {"method": method} | settings
+        return data | {"base": defaults | given}
     return data
 
 
@@ -222,7 +233,9 @@ class QloraSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _default_base(cls, data: Any) -> Any:
-        return _base_by_default(data, "bnb")
+        base = data.get("base") if isinstance(data, dict) else None
+        double = isinstance(base, dict) and base.get("format") != "int8"
+        return _base_by_default(data, "bnb", double_quant=double)
 
 
 class CheckpointSpec(Spec):
