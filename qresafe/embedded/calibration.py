@@ -57,7 +57,7 @@ def calibration_chats(spec: CalibrationSpec, seed: int) -> list[Chat]:
 
     Args:
         spec: The paper's risk level and counts, or a JSONL file of the user's own chats.
-        seed: Of the choice and order.
+        seed: Of the choice and order of embedded chats; a file's stay as they are.
 
     Raises:
         DataError: The file is malformed, more chats are wanted than there are, or none.

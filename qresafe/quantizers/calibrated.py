@@ -20,7 +20,7 @@ class Calibrated(Protocol):
         calibration: Which chats.
         sequences: At most so many of them.
         max_length: Tokens kept of each.
-        seed: Of the choice of chats.
+        seed: Of the choice of embedded chats; of a user's, the first `sequences` are taken.
     """
 
     calibration: CalibrationSpec
@@ -52,7 +52,7 @@ def learned(source: Path, calibration: CalibrationSpec, seed: int) -> list[Chat]
     Args:
         source: The model, for its tokenizer, chat template and context.
         calibration: Which chats.
-        seed: Of their choice.
+        seed: Of their choice, where they are embedded ones.
 
     Raises:
         DataError: As for `calibration_chats`, or a chat is longer than the model's context.
