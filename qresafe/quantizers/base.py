@@ -68,9 +68,12 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
     Raises:
         SpecError: `skip` names what the model does not have.
         ModelError: No layer is left, a row is not a multiple of the group size, or the model is
-            quantized already or a mixture of experts.
+            quantized already, a mixture of experts, or not of text alone.
     """
     refuse_quantized(folder)
+    if "vision_config" in read_config(folder):  # its layers have other names, untried here
+        remedy = "give a text-only model, such as gemma-3-1b-it"
+        raise ModelError("not a text-only model", where=str(folder), remedy=remedy)
     files = TensorFiles(folder)
     if any(".experts." in name for name in files):
         # transformers 5.17 looks for packed experts there and, finding none, draws them at random

@@ -50,6 +50,13 @@ def test_a_model_that_is_quantized_already_is_refused(
         check(source, spec(method=method))
 
 
+@pytest.mark.parametrize("method", sorted(set(EACH) - {"bnb", "qlora"}))
+def test_a_model_that_sees_is_refused(source: Path, method: str) -> None:
+    configure(source, vision_config={"hidden_size": 64})
+    with pytest.raises(ModelError, match=r"^not a text-only model in .*gemma-3-1b-it\.$"):
+        check(source, spec(method=method))
+
+
 def test_the_bases_and_the_methods_themselves_refuse_it_too(source: Path, tmp_path: Path) -> None:
     configure(source, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     nested = (QloraSpec(base=BnbSpec(format="int8")), Critical16Spec(base=BnbSpec()))
