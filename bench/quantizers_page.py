@@ -61,12 +61,13 @@ def _head(found: Sequence[Found], planned: int, plan: Plan) -> str:
         f"({platform.machine()}), embedded model, seeds {', '.join(map(str, seeds))}, test split, "
         f"{n} harmful prompts a seed.{some} Shares in % are means over seeds, per seed in round "
         "brackets; in square brackets the 95 % Wilson interval of all seeds' prompts together, "
-        "which are the same prompts for every seed. A row is patched where Q0's attack success is "
-        f"at least {100 * LOSS:.0f} points above W's. `s` is the time of quantizing (with the "
-        "control) and of training the patch, on one thread each with two at a time; `MB` is the "
-        "most memory of the quantizing process, Python and its libraries included. In a model "
-        "this small, scales and codebooks weigh more than in a large one: bits per weight count "
-        "them."
+        "which are the same prompts for every seed. These intervals are too narrow: they take all "
+        "answers for independent, and prompts recur over seeds and share phrases. A row is patched "
+        f"where Q0's attack success is at least {100 * LOSS:.0f} points above W's. `s` is the "
+        "time of quantizing (with the control) and of training the patch, on one thread each "
+        "with two at a time; `MB` is the most memory of the quantizing process, Python and "
+        "its libraries included. In a model this small, scales and codebooks weigh more than in "
+        "a large one: bits per weight count them."
     )
 
 
