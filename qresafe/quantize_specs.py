@@ -253,7 +253,7 @@ BaseSpec = Annotated[
 
 
 class Critical16Spec(Spec):
-    """Any other method, but the most safety-critical weights stay in 16 bits; no training."""
+    """Most other methods, but the most safety-critical weights stay in 16 bits; no training."""
 
     method: Literal["critical16"] = "critical16"
     base: BaseSpec = RtnSpec()
