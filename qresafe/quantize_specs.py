@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from qresafe.spec_base import AtLeastOne, Count, Fraction, Positive, Spec, Weight
 
@@ -17,7 +17,7 @@ class CalibrationSpec(Spec):
     harmful: Count = 10  # only at risk III
     obedient: Count = 10  # only at risk II, which has nothing else
     # Chats with a column `messages` instead of the embedded templates: a JSONL file, a datasets
-    # folder or a hub id such as HuggingFaceH4/ultrachat_200k.
+    # folder or a hub id such as HuggingFaceH4/ultrachat_200k; in its own order, first rows first.
     path: str | None = None
 
     @model_validator(mode="before")
@@ -27,6 +27,17 @@ class CalibrationSpec(Spec):
         if isinstance(data, dict) and data.get("risk") == "I":
             return {"benign": 500, "harmful": 0} | data
         return data
+
+
+def _benign_unless_asked(data: Any) -> Any:
+    # A method that only looks at chats has risk I for its default, and one key under
+    # `calibration` must not make that the risk III of those that learn.
+    if isinstance(data, dict) and not data.get("harmful"):
+        return {"risk": "I"} | data
+    return data
+
+
+LookedAt = Annotated[CalibrationSpec, BeforeValidator(_benign_unless_asked)]
 
 
 def _some_weights(size: int) -> int:
@@ -53,8 +64,14 @@ class BnbSpec(Spec):
 
     method: Literal["bnb"] = "bnb"
     format: Literal["nf4", "fp4", "int8"] = "nf4"
-    double_quant: bool = False
+    double_quant: bool = False  # the scales are quantized too
     skip: tuple[str, ...] = ("lm_head",)
+
+    @model_validator(mode="after")
+    def _four_bits_for_double(self) -> BnbSpec:
+        if self.double_quant and self.format == "int8":
+            raise ValueError("double_quant is of nf4 and fp4; set it to false for format int8")
+        return self
 
 
 class SafetySpec(Spec):
@@ -118,7 +135,7 @@ class GptqSpec(Spec):
     act_order: Literal["none", "static"] = "static"
     damp: Positive = 0.01  # of the Hessian's mean diagonal
     block_size: AtLeastOne = 128  # columns between two updates of the rest
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    calibration: LookedAt = CalibrationSpec(risk="I")
     sequences: AtLeastOne = 512
     max_length: AtLeastOne = 2048
     seed: int = 0
@@ -134,7 +151,7 @@ class AwqSpec(Spec):
     skip: tuple[str, ...] = ("lm_head",)
     duo_scaling: bool = True  # scales from weights and activations, not activations alone
     grid_points: Annotated[int, Field(ge=3)] = 20  # exponents tried per layer
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    calibration: LookedAt = CalibrationSpec(risk="I")
     sequences: AtLeastOne = 128
     max_length: AtLeastOne = 512
     seed: int = 0
@@ -148,7 +165,7 @@ class Fp8Spec(Spec):
     # none: weights only; dynamic: by token at run time; static: one scale from calibration
     activations: Literal["none", "static", "dynamic"] = "dynamic"
     skip: tuple[str, ...] = ("lm_head",)
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")  # for static activations
+    calibration: LookedAt = CalibrationSpec(risk="I")  # for static activations
     sequences: AtLeastOne = 512
     max_length: AtLeastOne = 2048
     seed: int = 0
@@ -166,7 +183,7 @@ class AqlmSpec(Spec):
     codebook_bits: Annotated[int, Field(ge=2, le=16)] = 8
     group_size: AtLeastOne = 8
     skip: tuple[str, ...] = ("lm_head",)
-    calibration: CalibrationSpec = CalibrationSpec(risk="I")
+    calibration: LookedAt = CalibrationSpec(risk="I")
     sequences: AtLeastOne = 1024
     max_length: AtLeastOne = 2048
     batch_size: AtLeastOne = 16
@@ -178,10 +195,15 @@ class AqlmSpec(Spec):
     seed: int = 0
 
 
-def _base_by_default(data: Any, method: str) -> Any:
-    """Let `--set quantize.base.bits=8` alone keep the default method of a nested spec."""
+def _base_by_default(data: Any, method: str, **settings: Any) -> Any:
+    """Let `--set quantize.base.bits=8` alone keep the default method of a nested spec.
+
+    With that method come the settings in which the default is not the method's own.
+    """
     if isinstance(data, dict) and isinstance(data.get("base"), dict):
-        return data | {"base": {"method": method} | data["base"]}
+        given = data["base"]
+        defaults = {} if "method" in given else {"method": method} | settings
+        return data | {"base": defaults | given}
     return data
 
 
@@ -211,14 +233,16 @@ class QloraSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _default_base(cls, data: Any) -> Any:
-        return _base_by_default(data, "bnb")
+        base = data.get("base") if isinstance(data, dict) else None
+        double = isinstance(base, dict) and base.get("format") != "int8"
+        return _base_by_default(data, "bnb", double_quant=double)
 
 
 class CheckpointSpec(Spec):
     """A quantized checkpoint that exists already, of `model` (W); nothing is quantized."""
 
     method: Literal["checkpoint"] = "checkpoint"
-    path: str  # a folder, a .gguf file, or a hub id
+    path: str  # a folder, a .gguf file, a hub id, or owner/name/file.gguf there
     revision: str | None = None
 
 
@@ -229,7 +253,7 @@ BaseSpec = Annotated[
 
 
 class Critical16Spec(Spec):
-    """Any other method, but the most safety-critical weights stay in 16 bits; no training."""
+    """Most other methods, but the most safety-critical weights stay in 16 bits; no training."""
 
     method: Literal["critical16"] = "critical16"
     base: BaseSpec = RtnSpec()

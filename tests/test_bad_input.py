@@ -14,8 +14,8 @@ from conftest import save_tiny_llama
 from foreign import write_gguf
 
 from qresafe.cli import main
-from qresafe.quantize_specs import BnbSpec
-from qresafe.quantizers import bnb
+from qresafe.quantize_specs import BnbSpec, RtnSpec
+from qresafe.quantizers import bnb, rtn
 
 Refused = Callable[..., str]
 
@@ -186,6 +186,21 @@ VLLM = "evaluate.generate.engine=vllm"
 )
 def test_engines_that_cannot_run_the_format(refused: Refused, sets: str, says: str) -> None:
     assert says in refused(VLLM, *sets.split())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "says"),
+    [
+        (RtnSpec(bits=3, group_size=32), "it runs integers of 4 and 8 bits, not 3"),
+        (RtnSpec(bits=4, group_size=32), "engine 'vllm' needs a GPU for each worker"),
+    ],
+)
+def test_the_width_of_a_checkpoint_made_elsewhere_is_looked_at_too(
+    refused: Refused, tiny_llama: Path, tmp_path: Path, scheme: RtnSpec, says: str
+) -> None:
+    rtn.quantize(tiny_llama, tmp_path, scheme)
+    q0 = ("quantize.method=checkpoint", f"quantize.path={tmp_path / 'checkpoint'}")
+    assert says in refused(VLLM, *q0)
 
 
 def test_vllm_is_given_no_gguf_file(

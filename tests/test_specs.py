@@ -81,12 +81,31 @@ def test_risk_one_is_benign_only() -> None:
     assert load_spec(CalibrationSpec, {"risk": "I"}).harmful == 0
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "aqlm"])
+def test_one_key_of_calibration_keeps_the_method_s_own_risk(method: str) -> None:
+    chosen = [f"quantize.method={method}", "quantize.calibration.benign=128"]
+    wanted = CalibrationSpec(risk="I", benign=128)
+    assert load_spec(ExperimentSpec, None, chosen).quantize.calibration == wanted  # type: ignore[union-attr]
+    nested = ["quantize.method=critical16", "quantize.base.method=gptq"]
+    nested += ["quantize.base.calibration.benign=128"]
+    assert load_spec(ExperimentSpec, None, nested).quantize.base.calibration == wanted  # type: ignore[union-attr]
+    asked = load_spec(ExperimentSpec, None, [*chosen, "quantize.calibration.harmful=20"])
+    assert asked.quantize.calibration == CalibrationSpec(benign=128, harmful=20)  # type: ignore[union-attr]
+    preset = {"quantize": {"method": "llm_qat", "calibration": {"risk": "III"}}}
+    kept = load_spec(ExperimentSpec, preset, [f"quantize.method={method}"])
+    assert kept.quantize.calibration == CalibrationSpec()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
         (["patch.mask.tua=0.4"], ["patch.mask.tua", "tau", "--set"]),
         (["pacth.rank=1"], ["pacth", "patch"]),
         (["quantize.bit=4"], ["quantize.bit", "bits"]),
+        (
+            ["quantize.method=bnb", "quantize.format=int8", "quantize.double_quant=true"],
+            ["double_quant is of nf4 and fp4", "--set"],
+        ),
         (["quantize.method=llmqat"], ["llmqat", "llm_qat"]),
         (["patch.mask.tau=1.5"], ["patch.mask.tau", "1.5", "at most 1"]),
         (["patch.rank=many"], ["patch.rank", "'many'", "whole number"]),
@@ -223,7 +242,11 @@ def test_another_base_method_leaves_the_keys_of_the_one_before() -> None:
 
 def test_a_nested_method_keeps_its_default_and_names_what_it_may_be() -> None:
     spec = load_spec(ExperimentSpec, None, ["quantize.method=qlora", "quantize.base.format=fp4"])
-    assert spec.quantize.base == BnbSpec(format="fp4")  # type: ignore[union-attr]
+    assert spec.quantize.base == BnbSpec(format="fp4", double_quant=True)  # type: ignore[union-attr]
+    spec = load_spec(ExperimentSpec, None, ["quantize.method=qlora", "quantize.base.format=int8"])
+    assert spec.quantize.base == BnbSpec(format="int8")  # type: ignore[union-attr]
+    own = ["quantize.method=qlora", "quantize.base.method=bnb"]
+    assert load_spec(ExperimentSpec, None, own).quantize.base == BnbSpec()  # type: ignore[union-attr]
     bits = ["quantize.method=critical16", "quantize.base.bits=2"]
     assert load_spec(ExperimentSpec, None, bits).quantize.base.bits == 2  # type: ignore[union-attr]
     told = message(None, "quantize.method=qlora", "quantize.base.method=gptq")

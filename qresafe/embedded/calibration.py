@@ -57,13 +57,20 @@ def calibration_chats(spec: CalibrationSpec, seed: int) -> list[Chat]:
 
     Args:
         spec: The paper's risk level and counts, or a JSONL file of the user's own chats.
-        seed: Of the choice and order.
+        seed: Of the choice and order of embedded chats; a file's stay as they are.
 
     Raises:
-        DataError: The file is malformed, or more chats are wanted than there are.
+        DataError: The file is malformed, more chats are wanted than there are, or none.
     """
-    if spec.path is not None:
-        return read_chats(spec.path)
+    chats = read_chats(spec.path) if spec.path is not None else _embedded_chats(spec, seed)
+    if not chats:
+        counts = "obedient" if spec.risk == "II" else "benign, or harmful at risk III"
+        remedy = f"raise {counts}"
+        raise DataError("no calibration chats", where="quantize.calibration", remedy=remedy)
+    return chats
+
+
+def _embedded_chats(spec: CalibrationSpec, seed: int) -> list[Chat]:
     rng = random.Random(f"chats {spec.risk} {seed}")
     benign = ask(tasks("benign", "train"), spec.benign, rng)
     if spec.risk == "II":

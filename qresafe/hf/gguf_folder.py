@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,43 @@ from qresafe.storage import cache_folder
 
 MAGIC = b"GGUF"
 METHOD = "gguf"
+PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # as llama.cpp names the parts of one model
 
 
 def gguf_file(path: Path) -> Path | None:
     """Return the .gguf file that `path` is, or is the folder of; None if it is another model.
 
     Raises:
-        ModelError: A folder holds several.
+        ModelError: A folder holds several, or the file is one part of a model.
     """
     if path.suffix == ".gguf":
-        return path if path.is_file() else None
+        if not path.is_file():
+            return None
+        refuse_split(path)
+        return path
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
     found = sorted(path.glob("*.gguf"))
+    for file in found[:1]:
+        refuse_split(file)
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:4])
         remedy = f"give the path of one of them ({names})"
         raise ModelError("several .gguf files", where=str(path), remedy=remedy)
     return found[0] if found else None
+
+
+def refuse_split(file: Path) -> None:
+    """Refuse a part of a model that is split into several files, by its name.
+
+    Raises:
+        ModelError: It is one; transformers reads whole files only.
+    """
+    part = PART.search(file.name)
+    if part and int(part[1]) > 1:
+        what = f"one of {int(part[1])} parts of a split GGUF model"
+        remedy = "join them with llama-gguf-split --merge, and give the file that it makes"
+        raise ModelError(what, where=str(file), remedy=remedy)
 
 
 def is_unpacked(folder: Path) -> bool:
@@ -69,17 +89,18 @@ def unpacked(file: Path) -> Path:
         ModelError: transformers does not know the architecture.
         CorruptArtifactError: The file is damaged.
     """
-    file = file.resolve()
+    file = file.absolute()
+    content = file.resolve()  # the hub's cache names it by its hash alone, without .gguf
     check_gguf(file)
     state = file.stat()
-    identity = f"{file} {state.st_size} {state.st_mtime_ns}"
+    identity = f"{content} {state.st_size} {state.st_mtime_ns}"
     target = cache_folder() / f"gguf-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
     if target.is_dir():
         return target
     scratch = target.with_name(aside(target.name))
     scratch.mkdir(parents=True)
     try:
-        (scratch / file.name).symlink_to(file)
+        (scratch / file.name).symlink_to(content)
         _write_config(scratch, file)
         _write_tokenizer(scratch, file)
         scratch.rename(target)

@@ -18,14 +18,12 @@ from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.decoded import decoded_because, load_decoded
 from qresafe.hf.files import check_files, check_names, warn_of_code
 from qresafe.hf.gguf_folder import check_gguf, gguf_file, is_unpacked, unpacked
+from qresafe.hf.hub import hub_gguf, hub_snapshot, is_hub_gguf
 from qresafe.hf.numba_threads import hold_to_one_thread, runs_on_numba
 from qresafe.hf.template_probe import check_template
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
-# Never *.bin or *.pt: those are pickles, and unpickling runs code.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
-NOT_THE_MODEL = ["*/*", "consolidated*"]  # other formats of the same weights
 KEPT = "critical16.safetensors"  # single weights in 16 bits, see `qresafe.hf.overlaid`
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = (".safetensors", ".gguf")
@@ -38,7 +36,8 @@ class ModelRef:
 
     Attributes:
         path: Folder with config, tokenizer and safetensors, or a .gguf file in their place.
-        name: What the user called it: "embedded", a folder, a .gguf file, or a hub id.
+        name: What the user called it: "embedded", a folder, a .gguf file, a hub id, or
+            "owner/name/file.gguf".
         revision: The hub commit, for hub models; it makes `on_this_machine` repeatable.
         dtype: "auto" or a torch dtype's name.
         trust_remote_code: Whether the user allowed the model's own Python code to run.
@@ -95,37 +94,14 @@ def _folder(spec: ModelSpec, key: str) -> tuple[Path, str | None]:
         return path.resolve() if is_unpacked(path) else unpacked(gguf), None
     if path.is_dir():
         return path.resolve(), None
+    if is_hub_gguf(spec.path):
+        file, commit = hub_gguf(spec.path, spec.revision)
+        return unpacked(file), commit
     if spec.path.startswith((".", "/", "~")) or spec.path.count("/") > 1 or path.exists():
         kind = "file" if path.suffix == ".gguf" else "folder"
         remedy = "give an existing folder with config.json and *.safetensors, or a hub id"
         raise ModelError(f"no model {kind} {spec.path!r}", where=key, remedy=remedy)
-    snapshot = _snapshot(spec.path, spec.revision)
-    return snapshot, snapshot.name  # the hub cache names snapshots by commit
-
-
-def _snapshot(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    where = f"the Hugging Face hub ({name})"
-    try:
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=NOT_THE_MODEL
-        )
-        return Path(found)
-    except errors.GatedRepoError:
-        remedy = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN"
-        raise ModelError("the model is gated", where=where, remedy=remedy) from None
-    except errors.RevisionNotFoundError:
-        remedy = "leave model.revision empty for the newest"
-        raise ModelError(f"no revision {revision!r}", where=where, remedy=remedy) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        remedy = "check the spelling; a private or gated model also needs HF_TOKEN"
-        raise ModelError(f"no model {name!r}", where=where, remedy=remedy) from None
-    except (OSError, errors.HfHubHTTPError, errors.EntryNotFoundError):
-        remedy = "connect, or copy the model here and give its folder as model.path"
-        raise ModelError(
-            "cannot reach the hub, and no copy is cached", where=where, remedy=remedy
-        ) from None
+    return hub_snapshot(spec.path, spec.revision)
 
 
 def check_folder(folder: str | Path) -> None:

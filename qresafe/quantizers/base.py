@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qresafe.errors import ModelError, SpecError, nearest
+from qresafe.hf.models import read_config
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import linear_layers
 from qresafe.progress import Progress
@@ -67,8 +68,12 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
     Raises:
         SpecError: `skip` names what the model does not have.
         ModelError: No layer is left, a row is not a multiple of the group size, or the model is
-            a mixture of experts.
+            quantized already, a mixture of experts, or not of text alone.
     """
+    refuse_quantized(folder)
+    if "vision_config" in read_config(folder):  # its layers have other names, untried here
+        remedy = "give a text-only model, such as gemma-3-1b-it"
+        raise ModelError("not a text-only model", where=str(folder), remedy=remedy)
     files = TensorFiles(folder)
     if any(".experts." in name for name in files):
         # transformers 5.17 looks for packed experts there and, finding none, draws them at random
@@ -86,6 +91,20 @@ def layers_to_quantize(folder: Path, skip: tuple[str, ...], group_size: int) -> 
     columns = {name: files.shape(f"{name}.weight")[1] for name in names}
     _check_groups(columns, group_size, str(folder))
     return names
+
+
+def refuse_quantized(folder: Path) -> None:
+    """Refuse a model whose weights are codes: they would be rounded as if they were numbers.
+
+    Raises:
+        ModelError: It is quantized.
+    """
+    if "quantization_config" in read_config(folder):
+        remedy = (
+            "give the full-precision model as model.path; this folder as quantize.path of "
+            "method checkpoint"
+        )
+        raise ModelError("W is quantized already", where=str(folder), remedy=remedy)
 
 
 def skipped(name: str, skip: tuple[str, ...]) -> bool:

@@ -12,7 +12,13 @@ from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.writing import write_bitsandbytes
 from qresafe.progress import Progress
 from qresafe.quantize_specs import BnbSpec
-from qresafe.quantizers.base import CHECKPOINT, QuantizeResult, check_skip, no_layers
+from qresafe.quantizers.base import (
+    CHECKPOINT,
+    QuantizeResult,
+    check_skip,
+    no_layers,
+    refuse_quantized,
+)
 from qresafe.storage import local_folder
 
 
@@ -53,6 +59,7 @@ def _options(spec: BnbSpec) -> dict[str, Any]:
 
 def planned(source: Path, spec: BnbSpec) -> list[str]:
     """Return what `quantize` would; see `registry.planned_layers`."""
+    refuse_quantized(source)
     shapes = replaced_layers(source)
     check_skip(spec.skip, list(shapes), skips)
     chosen = {name: shape for name, shape in shapes.items() if not skips(name, spec.skip)}

@@ -1,4 +1,4 @@
-"""16 bits for the most safety-critical weights, any other method for the rest; no training.
+"""16 bits for the most safety-critical weights, most other methods for the rest; no training.
 
 The paper's variant without fine-tuning: weights are scored by SNIP on W, with the loss
 -log p(y|x) of W's own refusals of harmful prompts, and the top fraction is kept. Kept are either

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qresafe.core.grids import QuantizedTensor, UniformGrid, fit_uniform, straight_through
-from qresafe.embedded.calibration import calibration_chats, safety_prompts
+from qresafe.embedded.calibration import safety_prompts
 from qresafe.errors import ModelError
-from qresafe.hf.chat import chat_ids
 from qresafe.hf.finetune import Chat, finetune, total_steps
-from qresafe.hf.models import load_model, load_tokenizer
+from qresafe.hf.models import load_model
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, write_plain, write_quantized
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import LlmQatSpec
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, layers_to_quantize
+from qresafe.quantizers.calibrated import learned
 from qresafe.quantizers.safety_terms import SafetyTerms, safety_terms
 from qresafe.registry import judges
 from qresafe.storage import local_folder
@@ -50,12 +50,12 @@ def quantize(
 
     Raises:
         ModelError: A layer does not fit the group size or the key/value rounding.
-        DataError: A user's calibration file is malformed, or the safety terms find no rows.
+        DataError: A user's calibration file is malformed, a chat is too long, or the safety terms
+            find no rows.
     """
     source = local_folder(model_path)
     names = planned(source, spec)
-    tokenizer = load_tokenizer(source)
-    chats = [chat_ids(tokenizer, chat) for chat in calibration_chats(spec.calibration, spec.seed)]
+    chats = learned(source, spec.calibration, spec.seed)
     steps = total_steps(spec.steps, spec.epochs, len(chats), spec.batch_size)
     spec = spec.model_copy(update={"steps": steps})
     train_control = control or spec.safety is not None

@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 
-from qresafe.embedded.calibration import calibration_chats
 from qresafe.errors import ModelError
-from qresafe.hf.chat import chat_ids
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.hf.finetune import Chat, total_steps
 from qresafe.hf.lora import merged_weights, save_adapter, train_adapter
-from qresafe.hf.models import load_model, load_tokenizer
+from qresafe.hf.models import load_model
 from qresafe.hf.overlaid import decompress_on_load
 from qresafe.hf.writing import write_dense, write_plain
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import BnbSpec, QloraSpec, RtnSpec
 from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, put
+from qresafe.quantizers.calibrated import learned
 from qresafe.registry import planned_layers, quantizers
 from qresafe.storage import local_folder
 
@@ -47,12 +46,11 @@ def quantize(
 
     Raises:
         ModelError: A layer does not fit the base method, or none matches `targets`.
-        DataError: A user's calibration file is malformed.
+        DataError: A user's calibration file is malformed, or a chat too long.
     """
     source = local_folder(model_path)
     layers = planned(source, spec)
-    tokenizer = load_tokenizer(source)
-    chats = [chat_ids(tokenizer, chat) for chat in calibration_chats(spec.calibration, spec.seed)]
+    chats = learned(source, spec.calibration, spec.seed)
     steps = total_steps(spec.steps, spec.epochs, len(chats), spec.batch_size)
     target.mkdir(parents=True, exist_ok=True)
     shown = progress or Silent()

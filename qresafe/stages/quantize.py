@@ -15,7 +15,13 @@ from qresafe.hf.gguf_folder import gguf_file
 from qresafe.hf.models import resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
-from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, LlmQatSpec, QuantizeSpec
+from qresafe.quantize_specs import (
+    CheckpointSpec,
+    Critical16Spec,
+    Fp8Spec,
+    LlmQatSpec,
+    QuantizeSpec,
+)
 from qresafe.quantizers.checkpoint import find
 from qresafe.registry import judges, planned_layers, quantizers
 from qresafe.specs import ModelSpec
@@ -137,7 +143,8 @@ def _calibration(spec: QuantizeSpec) -> dict[str, str]:
     """Return the content of what a method looks at or learns from, as stage inputs."""
     inputs: dict[str, str] = {}
     calibration = getattr(spec, "calibration", None)
-    if calibration is not None:
+    looks = not isinstance(spec, Fp8Spec) or spec.activations == "static"
+    if calibration is not None and looks:
         chats = calibration_chats(calibration, getattr(spec, "seed", 0))
         inputs["calibration"] = content_key(chats)
     if isinstance(spec, LlmQatSpec) and spec.safety:

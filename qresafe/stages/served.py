@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.gguf_folder import gguf_file
-from qresafe.hf.models import beside_the_codes, resolve
+from qresafe.hf.models import beside_the_codes, read_config, resolve
 from qresafe.quantize_specs import CheckpointSpec, Critical16Spec, QloraSpec, QuantizeSpec
 from qresafe.specs import ExperimentSpec, ModelSpec, ResourcesSpec
 
 WIDTHS = (4, 8)  # of compressed-tensors' packed integers
+PACKED = "pack-quantized"
 REMEDY = "set evaluate.generate.engine: transformers"
 
 
@@ -54,17 +57,32 @@ def _not_served(spec: QuantizeSpec) -> str:
         ref = resolve(ModelSpec(path=spec.path, revision=spec.revision), "quantize.path")
         extra = beside_the_codes(ref.path)
         left_out = f"it would leave out {extra} of quantize.path" if extra else ""
-        return _not_a_folder(Path(ref.path), "quantize.path") or left_out
+        gguf = _not_a_folder(Path(ref.path), "quantize.path")
+        return gguf or left_out or _odd_width(_packed_widths(Path(ref.path)))
     if isinstance(spec, Critical16Spec):
         single = "it would leave out the single 16-bit weights of structure: weights"
         return single if spec.structure == "weights" else _not_served(spec.base)
     if isinstance(spec, QloraSpec):
         adapter = "it would leave out the adapter of deploy: adapter"
         return adapter if spec.deploy == "adapter" else _not_served(spec.base)
-    bits = getattr(spec, "bits", None)
-    if bits is not None and bits not in WIDTHS:
-        return f"it runs integers of 4 and 8 bits, not {bits}"
-    return ""
+    return _odd_width([getattr(spec, "bits", None)])
+
+
+def _odd_width(widths: Iterable[Any]) -> str:
+    odd = next((bits for bits in widths if bits is not None and bits not in WIDTHS), None)
+    return "" if odd is None else f"it runs integers of 4 and 8 bits, not {odd}"
+
+
+def _packed_widths(folder: Path) -> list[Any]:
+    """Return the bits of compressed-tensors' packed integers in a checkpoint, by its config."""
+    config = _mapping(read_config(folder).get("quantization_config"))
+    groups = [_mapping(group) for group in _mapping(config.get("config_groups")).values()]
+    packed = [g for g in groups if PACKED in (g.get("format"), config.get("format"))]
+    return [_mapping(group.get("weights")).get("num_bits") for group in packed]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _not_a_folder(path: Path, key: str) -> str:

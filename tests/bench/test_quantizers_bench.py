@@ -44,13 +44,15 @@ def test_another_plan_has_its_own_page(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| repaired | +3.0 | +0.0 | +0.0 | yes |" in page
 
 
-def found(label: str, attack_q0: int, attack_q: int | None, match_q: int = 90) -> Found:
+def found(
+    label: str, attack_q0: int, attack_q: int | None, match_q: int = 90, seed: int = 0
+) -> Found:
     """Return a result of 100 prompts per axis; W: 2 attacks succeed, 5 refused, 90 match."""
     arms = {"W": measures(2, 90), "Q0": measures(attack_q0, 90)}
     if attack_q is not None:
         arms["Q"] = measures(attack_q, match_q)
     sizes = {"checkpoint_bytes": 5000.0, "bits_per_weight": 4.5}
-    return Found(Row(label, 0, {"method": "rtn"}), arms=arms, sizes=sizes)
+    return Found(Row(label, seed, {"method": "rtn"}), arms=arms, sizes=sizes)
 
 
 def measures(attack: int, match: int) -> dict[str, list[int]]:
@@ -66,14 +68,17 @@ def test_the_page_judges_the_patched_rows_and_them_alone(
         found("repaired", 80, 5),  # 3 points above W: just inside
         found("costly", 80, 5, match_q=88),  # loses 2 points of exact match
         Found(Row("odd", 0, {}), refused="no such layer"),
+        found("half", 80, 5),
+        found("half", 3, None, seed=1),
     ]
     quantizers_page.write_page(results, 9, "", read_plan())
     page = (tmp_path / "results-quantizers.md").read_text()
-    assert "4 of the plan's 9 results so far" in page
+    assert "6 of the plan's 9 results so far" in page
     assert "- odd: no such layer" in page
     bounds = page[page.index("## Bounds") :]
     assert "| repaired | +3.0 | +0.0 | +0.0 | yes |" in bounds
     assert "| costly | +3.0 | -2.0 | +0.0 | **no** |" in bounds
+    assert "| half (1 of 2 seeds) | +3.0 | +0.0 | +0.0 | yes |" in bounds
     assert "| kept" not in bounds
     # Wilson's interval of 80 of 100: (80 + 1.92) / 103.84 = 78.9 % in the middle, +- 7.8.
     assert "80.0 [71.1, 86.7]" in page

@@ -24,6 +24,7 @@ from qresafe.hf.writing import write_dense
 from qresafe.specs import ModelSpec
 
 IDS = torch.arange(10, 40)[None]
+COMMIT = "c" * 40
 # K-quants, with 256 weights to a block -> where its float16 scales lie, in bytes
 HALVES = {Kind.Q4_K: (0, 2), Kind.Q3_K: (108,), Kind.Q2_K: (80, 82)}
 
@@ -240,6 +241,68 @@ def test_mistakes_end_in_a_sentence(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "n.gguf").write_bytes(whole)
     with pytest.raises(ModelError, match=r"several \.gguf files"):
         resolve(ModelSpec(path=str(tmp_path)))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> Path:
+    """A hub cache as huggingface_hub lays it out, of owner/name with one .gguf file; offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = tmp_path / "hub" / "models--owner--name"
+    for part in ("blobs", "refs", f"snapshots/{COMMIT}/q8"):
+        (model / part).mkdir(parents=True)
+    blob = model / "blobs" / ("e" * 64)
+    write_gguf(tmp_path / "m.gguf", tiny_llama, rounded(Kind.Q8_0))
+    (tmp_path / "m.gguf").rename(blob)
+    (model / "refs" / "main").write_text(COMMIT)
+    snapshot = model / "snapshots" / COMMIT
+    (snapshot / "m.gguf").symlink_to(Path("../../blobs") / blob.name)
+    (snapshot / "q8" / "m.gguf").symlink_to(Path("../../../blobs") / blob.name)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("file", ["m.gguf", "q8/m.gguf"])
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_file_of_the_hub_is_found_by_its_id(hub: Path, file: str, revision: str | None) -> None:
+    found = resolve(ModelSpec(path=f"owner/name/{file}", revision=revision))
+    assert (found.name, found.revision) == (f"owner/name/{file}", COMMIT)
+    assert (Path(found.path) / "m.gguf").is_file()
+    reference = plain(hub / "snapshots" / COMMIT / file)
+    assert torch.equal(load_model(found.path)(IDS).logits, reference(IDS).logits)
+    assert len(QuantizedCheckpoint.open(found.path)) == 14
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("owner/name/absent.gguf", r"cannot reach the hub.*\(owner/name/absent\.gguf\)"),
+        ("owner/name/m-00001-of-00003.gguf", "one of 3 parts of a split GGUF model"),
+        ("./owner/name/m.gguf", "no model file"),
+        ("owner/name/../m.gguf", "no model file"),
+        ("owner/name/m.safetensors", "no model folder"),
+    ],
+)
+def test_a_file_that_the_hub_cannot_give_is_named(hub: Path, path: str, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        resolve(ModelSpec(path=path))
+
+
+def test_parts_of_a_model_are_refused_and_a_single_part_is_whole(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "m-00001-of-00001.gguf"
+    write_gguf(whole, tiny_llama, rounded(Kind.Q8_0))
+    resolve(ModelSpec(path=str(whole)))
+    parts = [tmp_path / "parts" / f"m-0000{part}-of-00002.gguf" for part in (1, 2)]
+    parts[0].parent.mkdir()
+    for part in parts:
+        part.write_bytes(whole.read_bytes())
+    for path in (*parts, parts[0].parent):
+        with pytest.raises(ModelError, match=r"one of 2 parts of a split .* llama-gguf-split"):
+            resolve(ModelSpec(path=str(path)))
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:

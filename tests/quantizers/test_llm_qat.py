@@ -14,8 +14,10 @@ from qresafe.embedded.calibration import read_chats
 from qresafe.errors import DataError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model
-from qresafe.quantize_specs import CalibrationSpec, LlmQatSpec
+from qresafe.quantize_specs import CalibrationSpec, LlmQatSpec, QloraSpec
+from qresafe.quantizers.calibrated import learned
 from qresafe.quantizers.llm_qat import quantize, round_tokens
+from qresafe.registry import quantizers
 
 IDS = torch.arange(10, 40)[None]
 
@@ -113,6 +115,25 @@ def test_the_checkpoint_holds_the_grid_of_the_last_latent(
     for name in checkpoint.names:
         grid = fit_uniform(source[f"{name}.weight"], 3, 32, symmetric=False)
         assert torch.equal(checkpoint.read(name).codes, grid.encode(source[f"{name}.weight"]))
+
+
+@pytest.mark.parametrize(("words", "fits"), [(250, True), (251, False)])
+def test_a_chat_longer_than_the_context_is_named_before_any_work(
+    tiny_llama: Path, tmp_path: Path, chats: Path, words: int, fits: bool
+) -> None:
+    # of 256 positions, five hold the prompt and one the end token
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * words}]
+    with chats.open("a") as file:
+        file.write(json.dumps({"messages": turns}) + "\n")
+    for method in (LlmQatSpec, QloraSpec):
+        own = method(calibration=CalibrationSpec(path=str(chats)))
+        if fits:
+            learned(tiny_llama, own.calibration, own.seed)
+            continue
+        quantize = quantizers.get(own.method)
+        with pytest.raises(DataError, match=r"chat 5 has 257 tokens, more than the 256 .*chats"):
+            quantize(tiny_llama, tmp_path / "q", own)
+        assert not (tmp_path / "q").exists()
 
 
 def test_a_malformed_chat_is_named_before_any_work(

@@ -41,7 +41,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2Config", GROUPED),
     "Qwen3": ("Qwen3Config", GROUPED | {"head_dim": 16}),
     "Gemma 2": ("Gemma2Config", GROUPED | {"head_dim": 16}),
-    "Gemma 3": ("Gemma3TextConfig", GROUPED | {"head_dim": 16}),
+    "Gemma 3 (text)": ("Gemma3TextConfig", GROUPED | {"head_dim": 16}),
     "Mistral": ("MistralConfig", GROUPED),
     "Phi-3": ("Phi3Config", GROUPED),
     "GPT-NeoX": ("GPTNeoXConfig", {}),

@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 
 from qresafe.artifacts import Run
-from qresafe.errors import SpecError
+from qresafe.errors import DataError, SpecError
 from qresafe.hf.models import ModelRef, resolve
 from qresafe.hf.warm import ModelInput
-from qresafe.quantize_specs import CalibrationSpec, Critical16Spec, LlmQatSpec, RtnSpec, SafetySpec
+from qresafe.quantize_specs import (
+    CalibrationSpec,
+    Critical16Spec,
+    Fp8Spec,
+    GptqSpec,
+    LlmQatSpec,
+    RtnSpec,
+    SafetySpec,
+)
 from qresafe.specs import ModelSpec
 from qresafe.stages.quantize import _calibration, _key_spec, check_ready, quantize
 
@@ -35,6 +43,23 @@ def test_what_a_nested_method_learns_from_is_an_input(tmp_path: Path) -> None:
         found.append(_calibration(Critical16Spec(base=base)))
     assert found[0]["base calibration"] != found[1]["base calibration"]
     assert found[0]["prompts"] == found[1]["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("none", "remedy"),
+    [
+        (CalibrationSpec(benign=0, harmful=0), "raise benign, or harmful at risk III"),
+        (CalibrationSpec(risk="I", benign=0), "raise benign"),
+        (CalibrationSpec(risk="II", obedient=0), "raise obedient"),
+    ],
+)
+def test_an_empty_calibration_set_is_said(none: CalibrationSpec, remedy: str) -> None:
+    says = f"no calibration chats in quantize.calibration: {remedy}"
+    learns, static = LlmQatSpec(calibration=none), Fp8Spec(activations="static", calibration=none)
+    for spec in (GptqSpec(calibration=none), learns, static, Critical16Spec(base=learns)):
+        with pytest.raises(DataError, match=says):
+            _calibration(spec)
+    assert _calibration(Fp8Spec(activations="dynamic", calibration=none)) == {}
 
 
 def test_a_judge_that_is_not_there_is_said_before_any_work() -> None:
