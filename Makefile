@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-long unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-plan audit clean
+.PHONY: install demo test test-long unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-hosts bench-transfer bench-plan audit clean
 
 install: $(STAMP)
 
@@ -65,11 +65,18 @@ bench-schedule: install
 bench-autoscale: install
 	$(BIN)/python -m bench.autoscale
 
+# As root, with iproute2.
+bench-hosts: install
+	$(BIN)/python -m bench.hosts
+
 bench-ablations: install
 	$(BIN)/python -m bench.ablations
 
 bench-reproduce: install
 	$(BIN)/python -m bench.reproduce
+
+bench-transfer: install
+	$(BIN)/python -m bench.transfer
 
 bench-plan: install
 	$(BIN)/python -m bench.plan --out docs/plan-measured.md
