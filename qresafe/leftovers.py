@@ -18,12 +18,16 @@ def aside(path: object) -> str:
     return f"{path}{MARK}{os.getpid()}-{threading.get_ident()}-{socket.gethostname()}"
 
 
-def sweep(folder: Path) -> None:
-    """Remove what processes of this host that no longer run left half-written under `folder`.
+def sweep(folder: Path, *, below: bool = True) -> None:
+    """Remove what processes of this host that no longer run left half-written in `folder`.
 
     What another host or a live process writes there stays: it may be about to rename it.
+
+    Args:
+        folder: A local one.
+        below: Also in the folders below it.
     """
-    for path in sorted(folder.rglob(f"*{MARK}*")):
+    for path in sorted((folder.rglob if below else folder.glob)(f"*{MARK}*")):
         found = NAME.search(path.name)
         if not found or found["host"] != socket.gethostname() or _runs(int(found["process"])):
             continue

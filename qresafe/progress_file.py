@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from upath import UPath
 
 from qresafe import metrics
 from qresafe.artifacts import is_local, write_text
+from qresafe.leftovers import sweep
 from qresafe.progress import Part, Stack
 
 FILE = "progress.json"
@@ -95,6 +97,8 @@ class ProgressFile(Stack):
         self._writer = threading.Thread(target=self._keep, name="progress.json", daemon=True)
 
     def __enter__(self) -> ProgressFile:
+        if is_local(self._path):  # what a killed driver was writing here
+            sweep(Path(str(self._path.parent)), below=False)
         self._writer.start()
         return self
 

@@ -55,6 +55,7 @@ SEARCH = {
 
 @pytest.mark.ray
 @pytest.mark.timeout(560)
+@pytest.mark.long
 def test_a_search_as_a_job_is_followed_stopped_and_resumed(cluster: Cluster) -> None:
     space, storage = cluster.folder / "space.yaml", cluster.folder / "searches"
     space.write_text(json.dumps(SEARCH))  # JSON is YAML

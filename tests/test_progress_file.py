@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -106,3 +108,15 @@ def test_a_storage_that_fails_holds_nobody_up(tmp_path: Path) -> None:
         file.start("judge")
         time.sleep(0.05)
         file.finish()
+
+
+def test_what_a_killed_driver_was_writing_is_swept(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    half = tmp_path / f"progress.json.tmp-{ended.pid}-1-{socket.gethostname()}"
+    living = tmp_path / f"progress.json.tmp-{os.getpid()}-1-{socket.gethostname()}"
+    half.touch(), living.touch()
+    with ProgressFile(UPath(tmp_path)):
+        pass
+    assert not half.exists()
+    assert living.exists()

@@ -18,6 +18,7 @@ from upath import UPath
 from qresafe.artifacts import is_local
 from qresafe.dist import autoscaler, data, vllm
 from qresafe.dist.engines import Stable
+from qresafe.dist.lost import loss_told
 from qresafe.dist.metrics import send_to_ray
 from qresafe.errors import ResourceError
 from qresafe.metrics import send_to
@@ -103,6 +104,7 @@ class RayRuntime:
     def check(self) -> None:
         self.wait_for(self._resources.workers)
 
+    @loss_told()
     def map_batches(
         self, job: BatchJob, batches: Sequence[Batch], parts: UPath, progress: Progress
     ) -> Spent:
@@ -122,6 +124,7 @@ class RayRuntime:
         self.wait_for(1)
         return data.compute(job, todo, parts, stable=self._stable, resources=self._resources)
 
+    @loss_told()
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         from qresafe.dist import train
 

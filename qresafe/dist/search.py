@@ -23,6 +23,7 @@ from upath import UPath
 
 from qresafe.artifacts import Run, is_local, write_text
 from qresafe.dist import runtime as runtimes
+from qresafe.dist.lost import loss_told
 from qresafe.dist.search_trial import demand, make_trainable
 from qresafe.dist.search_tune import Live, QueueSearcher, Recorder, RuleScheduler
 from qresafe.dist.settings import defaults
@@ -69,6 +70,7 @@ def session(search: Search, progress: Progress) -> Iterator[Runtime]:
             ray.shutdown()
 
 
+@loss_told()
 def run_search(search: Search, progress: Progress) -> UPath:
     """Run a search to its end, or continue it; return its folder (see `stages.search.folder`).
 

@@ -34,6 +34,7 @@ def attacked(storage: Path, model: Path, runtime: Runtime) -> Artifact:
     )
 
 
+@pytest.mark.long
 def test_on_ray_it_gives_the_completions_of_this_process(tiny_llama: Path, tmp_path: Path) -> None:
     here = attacked(tmp_path / "a", tiny_llama, make_runtime(ResourcesSpec(workers=0)))
     cluster = RayRuntime(ResourcesSpec(workers=2))

@@ -56,6 +56,7 @@ def test_the_results_of_a_search(tmp_path: Path, tiny_llama: Path) -> None:
     assert searched(path)[1].equals(table)
 
 
+@pytest.mark.long
 def test_pbt_members_go_on_from_their_parents(tmp_path: Path, tiny_llama: Path) -> None:
     path = write_space(
         tmp_path,
@@ -152,6 +153,7 @@ def test_two_drivers_do_not_run_one_search(tmp_path: Path, tiny_llama: Path) -> 
 # ---------------------------------------------------------------- trackers
 
 
+@pytest.mark.long
 def test_mlflow_and_tensorboard_hear_of_every_trial(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
