@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import IO, Literal
 
 from rich.console import Console
@@ -36,15 +36,19 @@ CLEAR_LINE = "\r\x1b[2K"
 def progress_on(stream: IO[str] | None = None) -> Iterator[Progress]:
     """Give a `Progress` that suits `stream` (default stderr), and leave the screen tidy.
 
+    Meanwhile what is printed goes to stderr: stdout is for results, which programs read, and Ray
+    prints warnings of its nodes there.
+
     Args:
         stream: A terminal gets live bars; a file, pipe or job log gets plain lines.
     """
     console = Console(file=stream or sys.stderr, highlight=False)
-    if not console.is_terminal:
-        yield LineProgress(console)
-        return
-    with LiveProgress(console) as live:
-        yield live
+    with redirect_stdout(sys.stderr):
+        if not console.is_terminal:
+            yield LineProgress(console)
+            return
+        with LiveProgress(console) as live:
+            yield live
 
 
 class LineProgress(Stack):

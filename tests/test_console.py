@@ -148,3 +148,12 @@ def test_a_table_in_a_pipe_is_not_cut() -> None:
     assert first.split()[0] == "W"
     assert second.startswith("x" * 120)
     assert second.endswith("[bold]1")
+
+
+def test_what_libraries_print_meanwhile_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_on():
+        print("(raylet) WARNING: 4 PYTHON worker processes have been started")
+    print("{}")
+    out, err = capsys.readouterr()
+    assert out == "{}\n"
+    assert "(raylet) WARNING" in err
