@@ -156,7 +156,8 @@ def _findings(made: Sequence[Made]) -> str:
             same = _yes(one.equals(twice, "patch"))
             lines.append(
                 f"- The patch (codes and adapter) of {_name(one)} equal to that of {_name(twice)}, "
-                f"to the byte: {same}. `tests/cluster/test_hosts.py` asks the same of every change."
+                f"to the byte: {same}. "
+                "`tests/cluster/test_hosts.py` (`make test-long`) asks the same of three hosts."
             )
     codes = ", ".join(f"{_name(one)}: {_yes(one.equals(alone, 'patch'))}" for one in rest)
     lines.append(
