@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.demo import AXES, Cell, measure
+from bench.demo import Cell, Row, experiment_of, measure
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 
 RISK_III = {"risk": "III"}
@@ -48,7 +48,7 @@ def main() -> None:
 def between_models(seed: int, split: str, storage: str) -> None:
     """Put every model's patch on every model."""
     made = {
-        name: experiment_of({"quantize": quantize}, seed, split, storage)
+        name: made_of({"quantize": quantize}, seed, split, storage)
         for name, quantize in MODELS.items()
     }
     for name, target in made.items():
@@ -57,7 +57,7 @@ def between_models(seed: int, split: str, storage: str) -> None:
         for other, source in made.items():
             if other == name:
                 continue
-            own = experiment_of({"quantize": MODELS[name]}, seed, split, storage)
+            own = made_of({"quantize": MODELS[name]}, seed, split, storage)
             put(own, [source])
             show(name, f"of {other}", measure(own, name, f"of {other}", "Q"))
 
@@ -67,34 +67,18 @@ def composed(seed: int, split: str, storage: str) -> None:
     name, quantize = next(iter(MODELS.items()))
     halves = []
     for label, pairs in HALVES.items():
-        half = experiment_of({"quantize": quantize, "pairs": pairs}, seed, split, storage)
+        half = made_of({"quantize": quantize, "pairs": pairs}, seed, split, storage)
         show(name, label, measure(half, name, label, "Q"))
         halves.append(half)
-    both = experiment_of({"quantize": quantize}, seed, split, storage)
+    both = made_of({"quantize": quantize}, seed, split, storage)
     put(both, halves)
     show(name, "both composed", measure(both, name, "both composed", "Q"))
 
 
-def experiment_of(changes: dict[str, Any], seed: int, split: str, storage: str) -> Any:
+def made_of(changes: dict[str, Any], seed: int, split: str, storage: str) -> Any:
     """Return an experiment with the default patch, in this process."""
-    from qresafe.specs import ExperimentSpec
-    from qresafe.stages.experiment import Experiment
-    from qresafe.stages.runtime import InProcessRuntime
-    from qresafe.stages.seeds import with_seed
-    from qresafe.variants import with_changes
-
-    own = {
-        "name": f"seed{seed}",
-        "storage": storage,
-        "control": False,
-        "evaluate": {
-            "prompts": [{"axis": axis, "split": split} for axis in AXES],
-            "adapter": False,
-        },
-        "resources": {"workers": 0},
-    }
-    spec = with_seed(with_changes(ExperimentSpec(), own | changes), seed)
-    return Experiment(spec, InProcessRuntime())
+    own = {"control": False, "evaluate": {"adapter": False}}
+    return experiment_of(Row("transfer", "", "Q", "demo", own | changes, seed), split, storage)
 
 
 def put(target: Any, sources: Sequence[Any]) -> None:

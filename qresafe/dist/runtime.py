@@ -25,7 +25,6 @@ from qresafe.metrics import send_to
 from qresafe.progress import Progress
 from qresafe.specs import ResourcesSpec
 from qresafe.stages.engines import VllmJob
-from qresafe.stages.served import check_vllm
 from qresafe.stages.runtime import (
     Batch,
     BatchJob,
@@ -36,6 +35,7 @@ from qresafe.stages.runtime import (
     Tally,
     TrainJob,
 )
+from qresafe.stages.served import check_vllm
 
 
 def make_runtime(resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> Runtime:
@@ -82,9 +82,7 @@ class RayRuntime:
         ResourceError: The cluster cannot be reached.
     """
 
-    def __init__(
-        self, resources: ResourcesSpec, ready: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> None:
         self._ready = ready
         self._resources, began = resources, time.perf_counter()
         self.workers = resources.workers

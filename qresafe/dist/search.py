@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
 from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from upath import UPath
 
-from qresafe.artifacts import Run, is_local, write_text
+from qresafe.artifacts import is_local, write_text
 from qresafe.dist import runtime as runtimes
 from qresafe.dist.lost import loss_told
 from qresafe.dist.search_trial import demand, make_trainable
@@ -33,7 +32,7 @@ from qresafe.errors import UserError
 from qresafe.hf.warm import shelf
 from qresafe.progress import Progress, Silent
 from qresafe.search_spec import Search
-from qresafe.specs import ExperimentSpec, ResourcesSpec
+from qresafe.specs import ExperimentSpec
 from qresafe.stages.experiment import Experiment
 from qresafe.stages.patch import needs_reference
 from qresafe.stages.runtime import Runtime
@@ -169,9 +168,7 @@ class Sharing:
         return upper_key(spec), needs_reference(spec.patch)
 
 
-def _tune(
-    search: Search, queue: TrialQueue, slots: int, folder: UPath, progress: Progress
-) -> None:
+def _tune(search: Search, queue: TrialQueue, slots: int, folder: UPath, progress: Progress) -> None:
     live = Live(queue)
     progress.start("search", queue.total, "trials")
     with tempfile.TemporaryDirectory(prefix="qresafe-tune-") as scratch, defaults(_SETTINGS):

@@ -122,7 +122,9 @@ class Recorder(Callback):  # type: ignore[misc]
         if index in self._live.reasons and index not in self._live.queue.rows:
             self._record(self._stopped(index, trial))
 
-    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
         kind, reason = lost(trial)
         own = {"index": trial.config["trial"], "params": trial.config["params"]}
         self._record(Row(**own, status="failed", kind=kind, reason=reason))

@@ -26,9 +26,7 @@ def attacked(storage: Path, model: Path, runtime: Runtime) -> Artifact:
         label="W",
         model=ModelInput.of(resolve(ModelSpec(path=str(model)))),
         prompts=pa.Table.from_pylist(rows, schema=PROMPT),
-        spec=AttackSpec(
-            decoding="paper", systems=("none", "aoa"), max_new_tokens=4, batch_size=3
-        ),
+        spec=AttackSpec(decoding="paper", systems=("none", "aoa"), max_new_tokens=4, batch_size=3),
         runtime=runtime,
         progress=Silent(),
     )

@@ -72,9 +72,7 @@ def test_a_demand_that_another_job_replaced_is_made_again(monkeypatch: pytest.Mo
     monkeypatch.setattr(autoscaler, "ASK_SECONDS", 0)
     monkeypatch.setattr(autoscaler, "is_idle", lambda bundle, count: False)
     monkeypatch.setattr(runtime.time, "sleep", other_job_ends)
-    monkeypatch.setattr(
-        runtime, "count_places", lambda wanted: 2 if sleeps > 1 and standing else 0
-    )
+    monkeypatch.setattr(runtime, "count_places", lambda wanted: 2 if sleeps > 1 and standing else 0)
     wanted = ResourcesSpec(workers=2, cpus_per_worker=1, wait_seconds=1)
     runtime.wait_for(wanted, 2, patient=True)
     assert standing == []  # ours is taken back, too

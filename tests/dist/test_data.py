@@ -222,8 +222,8 @@ def refuse(row: Row) -> None:
 
 def test_a_users_mistake_keeps_its_sentence(cluster: RayRuntime, tmp_path: Path) -> None:
     job = Noting(str(tmp_path / "log"), action=refuse)
+    folder = UPath(tmp_path / "runs" / "a" / "judge" / "key")
     with pytest.raises(ModelError, match=r"^no such model in row 3: choose another\.$") as caught:
-        folder = UPath(tmp_path / "runs" / "a" / "judge" / "key")
         cluster.map_batches(job, batches(2), folder / "parts", Silent())
     place = place_of(caught.value)
     assert place["process"] in pids(tmp_path / "log")

@@ -10,9 +10,9 @@ from qresafe.errors import ResourceError
 
 
 def test_an_actor_that_cannot_be_reached() -> None:
-    with pytest.raises(ResourceError, match=r"cluster was lost \(ActorUnavailableError: .*again"):
-        with loss_told():
-            raise ActorUnavailableError("RPC error: Socket\nclosed", b"1" * 16)
+    told = r"cluster was lost \(ActorUnavailableError: .*again"
+    with pytest.raises(ResourceError, match=told), loss_told():
+        raise ActorUnavailableError("RPC error: Socket\nclosed", b"1" * 16)
 
 
 def test_an_error_of_a_task_stays() -> None:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray import cloudpickle
 
 from qresafe.artifacts import Run
 from qresafe.dist.search import run_search
@@ -24,13 +15,13 @@ from qresafe.driver_lock import sole_driver
 from qresafe.errors import ResourceError, UserError
 from qresafe.presets import load_experiment
 from qresafe.progress import Silent
-from qresafe.search_spec import Search, load_search
-from qresafe.stages.search.check import check_search
+from qresafe.search_spec import load_search
 from qresafe.stages.search.folder import BEST, FRONT, REPORT, STOPPED, TRIALS, search_folder
 from qresafe.stages.search.ledger import Ledger
-from tests.tiny_search import searched, start, untimed, write_space
+from tests.tiny_search import searched, untimed, write_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
 
 def test_the_results_of_a_search(tmp_path: Path, tiny_llama: Path) -> None:
     path = write_space(tmp_path, tiny_llama, space={"patch.rank": {"choice": [2, 4]}})

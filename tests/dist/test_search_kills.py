@@ -5,35 +5,27 @@ A file of its own, so that it runs beside test_search.py.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from ray import cloudpickle
 
-from qresafe.artifacts import Run
 from qresafe.dist.search import run_search
-from qresafe.driver_lock import sole_driver
-from qresafe.errors import ResourceError, UserError
-from qresafe.presets import load_experiment
 from qresafe.progress import Silent
 from qresafe.search_spec import Search, load_search
-from qresafe.stages.search.check import check_search
-from qresafe.stages.search.folder import BEST, FRONT, REPORT, STOPPED, TRIALS, search_folder
+from qresafe.stages.search.folder import REPORT, TRIALS, search_folder
 from qresafe.stages.search.ledger import Ledger
-from tests.tiny_search import searched, start, untimed, write_space
+from tests.tiny_search import start, untimed, write_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)  # four drivers, each with a Ray of its own
@@ -117,5 +109,3 @@ def test_a_trial_whose_process_dies(
             "killed",
             "the trial's process or node was lost again and again",
         )
-
-

@@ -89,7 +89,9 @@ def check_figures(run: str, steps: int) -> None:
     assert all(seen(found).values()), seen(found)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])  # 0 and 1: tests/stages, over gloo without Ray
+@pytest.mark.parametrize(
+    "stage", [pytest.param(2, marks=pytest.mark.long), 3]
+)  # 0 and 1: tests/stages, over gloo without Ray
 def test_two_workers_one_killed_equal_two_undisturbed(stage: int, tmp_path: Path) -> None:
     """Rank 1 is killed before its fifth step, one step behind the checkpoint of step 3."""
     spec = patch_spec(zero_stage=stage, through_grid=False)
