@@ -67,7 +67,13 @@ def test_hosts_have_names_and_share_every_folder_but_their_own() -> None:
 def test_two_users_do_not_meet_and_leave_nothing() -> None:
     with Hosts(1) as one, Hosts(1) as other:
         assert one.ips != other.ips
-        sleepers = [hosts.popen(0, ["sleep", "1000"]) for hosts in (one, other)]
+        # A process that has not entered its host yet is not among those killed with it: each
+        # says that it is there first.
+        script = ["sh", "-c", "echo ready; exec sleep 1000"]
+        sleepers = [hosts.popen(0, script, stdout=subprocess.PIPE) for hosts in (one, other)]
+        assert [sleeper.stdout and sleeper.stdout.readline() for sleeper in sleepers] == (
+            ["ready\n"] * 2
+        )
         names = [hosts.command(0, [])[3] for hosts in (one, other)]
     assert [sleeper.wait(10) for sleeper in sleepers] == [-9, -9]
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
