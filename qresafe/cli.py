@@ -22,6 +22,7 @@ from qresafe.commands import (
     patch,
     plan,
     quantizers,
+    recombine,
     reproduce,
     runs,
     search,
@@ -66,6 +67,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     MACHINE: {
         "doctor": doctor.doctor,
         "benchmarks": benchmarks.benchmarks,
+        "recombine": recombine.recombine,
         "quantizers": quantizers.quantizers,
     },
 }
