@@ -199,7 +199,9 @@ def measured(row: Row, place: Place) -> Found:
     settings = merged(row.settings, {"evaluate": {"generate": size}})
     settings = merged(settings, {"pairs": size})
     asked = DemoRow(row.part, row.label, row.arm, plan()["preset"], settings, row.seed)
-    experiment = experiment_of(asked, place.split, place.storage, place.device)
+    # A race is watched while it trains: a patch that another row has trained was not.
+    storage = f"{place.storage}/races" if row.probe else place.storage
+    experiment = experiment_of(asked, place.split, storage, place.device)
     curve = raced(experiment, row.probe) if row.probe else []
     cell = measure(experiment, row.part, row.label, row.arm)
     if row.part == "bases" and row.arm == "Q0":
