@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -102,6 +102,7 @@ class SafetySpec(Spec):
 class LlmQatSpec(Spec):
     """Quantization-aware fine-tuning with a straight-through estimator (LLM-QAT)."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"keep_latent"})
     method: Literal["llm_qat"] = "llm_qat"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: GroupSize = 64
@@ -119,6 +120,7 @@ class LlmQatSpec(Spec):
     # Adam's 1e-8 lets a self-distillation control drift on float noise (DESIGN section 8, point 8).
     adam_eps: Positive = 1e-8
     safety: SafetySpec | None = None  # None: plain LLM-QAT
+    keep_latent: bool = False  # keep the latent weights, 4 bytes each, for `patch.start: latent`
     seed: int = 0
 
 
@@ -278,6 +280,8 @@ class Critical16Spec(Spec):
             raise ValueError("16-bit weights under an adapter; use base.deploy: merged")
         if isinstance(self.base, AwqSpec):  # its weights are W's times scales that it folds away
             raise ValueError("AWQ rescales the weights that would be kept; use base.method: gptq")
+        if isinstance(self.base, LlmQatSpec) and self.base.keep_latent:
+            raise ValueError("latent weights are kept of llm_qat alone; leave out base.keep_latent")
         return self
 
 

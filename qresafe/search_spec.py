@@ -150,7 +150,7 @@ class Search:
         spec = self.spec.model_dump(mode="json", exclude=without)
         spec["budget"] = self.spec.budget.trials if self.spec.scheduler.name == "pbt" else None
         spec["searcher"]["lag"] = self.spec.lag
-        base = self.validation.model_dump(mode="json", exclude={"name", "storage", "resources"})
+        base = self.validation.key_data(exclude={"name", "storage", "resources"})
         return content_key([spec, base])
 
     @property

@@ -24,6 +24,24 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     MAY_BE_EMPTY: ClassVar[frozenset[str]] = frozenset()  # the fields where "" means something
+    LATER: ClassVar[frozenset[str]] = frozenset()  # fields that saved runs were made without
+
+    def key_data(self, exclude: set[str] | None = None) -> dict[str, Any]:
+        """Return the spec as plain data to hash: as if its `LATER` fields did not exist yet.
+
+        So what was saved before there was an option is found as long as nobody asks for it.
+
+        Args:
+            exclude: Fields that do not matter.
+        """
+        data: dict[str, Any] = self.model_dump(mode="json", exclude=exclude)
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.LATER and value == field.default:
+                data.pop(name, None)
+            elif isinstance(value, Spec) and name in data:
+                data[name] = value.key_data()
+        return data
 
     @field_validator("*")
     @classmethod

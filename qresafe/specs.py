@@ -207,6 +207,7 @@ class FlipsSpec(Spec):
 class PatchSpec(Spec):
     """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"start"})
     # flips: single codes, without an adapter; of what is below it reads objective, flips,
     # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
     # objective, mask or grid.
@@ -215,6 +216,8 @@ class PatchSpec(Spec):
     flips: FlipsSpec = FlipsSpec()
     mask: MaskSpec = MaskSpec()
     through_grid: bool = True  # straight-through rounding in the forward pass
+    # latent: from the weights that Q0's were rounded from, where quantize.keep_latent has them
+    start: Literal["checkpoint", "latent"] = "checkpoint"
     rank: AtLeastOne = 16
     alpha: Positive = 32.0
     lr: Positive = 5e-4
@@ -229,6 +232,12 @@ class PatchSpec(Spec):
     checkpoint_every: AtLeastOne = 20
     zero_stage: Literal[0, 1, 2, 3] = 2
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _of_our_method(self) -> PatchSpec:
+        if self.start == "latent" and self.method != "masked_lora":
+            raise ValueError("start: latent is of method masked_lora; set start to checkpoint")
+        return self
 
 
 class DecodingSpec(Spec):

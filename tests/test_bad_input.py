@@ -263,3 +263,9 @@ def test_more_workers_than_the_cluster_has_room_for(refused: Refused, command: s
     text = refused("resources.workers=1", "resources.gpus_per_worker=4", command=command)
     assert "GPUs" in text
     assert "room for 0" in text
+
+
+def test_a_latent_start_without_latents(refused: Refused) -> None:
+    told = refused("patch.start=latent", "quantize.method=rtn")
+    assert "no latent weights of Q0 are kept in patch.start" in told
+    assert "quantize.keep_latent=true" in told

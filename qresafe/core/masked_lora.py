@@ -1,5 +1,8 @@
 """The patched layer: Q = snap(Q0 + M * (B A) alpha/rank), paper Eq. 2.
 
+With latent weights at hand, Q = snap(latent + M * (B A) alpha/rank): where nothing changes these
+are Q0's codes too, see `qresafe.core.latent`.
+
 Paper notation: A in R^(in x r) and B in R^(r x out); here, as in PEFT, A is (rank, in) and
 B is (out, rank), so that the change of a weight (out, in) is B A.
 
@@ -25,6 +28,7 @@ from torch.nn import functional as F
 
 from qresafe.core.blocks import keyed_generator, row_blocks
 from qresafe.core.grids import QuantizedTensor
+from qresafe.core.latent import latent_offset
 from qresafe.errors import ModelError, nearest
 
 Masks = tuple[Tensor, ...]  # (M,) of "weight"; (M_A over inputs, M_B over outputs) of "factors"
@@ -42,6 +46,10 @@ class MaskedLoraLinear(nn.Module, ABC):
         name: The layer's name in the model.
         bias: Of the linear layer that this replaces.
         dtype: Of the de-quantized weight and of the layer's output.
+        latent: The weight from before it was rounded, (out, in), to start from; None: from Q0's.
+
+    Raises:
+        ModelError: `latent` does not round to Q0's codes.
     """
 
     weight: Tensor
@@ -58,18 +66,22 @@ class MaskedLoraLinear(nn.Module, ABC):
         name: str = "",
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        latent: Tensor | None = None,
     ) -> None:
         super().__init__()
-        dense = quantized.dense()
-        device = dense.device
+        start = quantized.dense() if latent is None else latent
+        device = start.device
         self.out_features, self.in_features = self.shape = quantized.grid.shape
         self.rank, self.scaling, self.through_grid = rank, alpha / rank, through_grid
         self.grid = quantized.grid
         self.register_buffer("codes0", quantized.codes)
-        self.weight = nn.Parameter(dense.to(dtype), requires_grad=False)
+        self.offset = None
+        if latent is not None:
+            self.offset = latent_offset(quantized, latent, f"layer {name!r}")
+        self.weight = nn.Parameter(start.to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        start = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
-        self.A = nn.Parameter((start / math.sqrt(self.in_features)).to(device))
+        drawn = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
+        self.A = nn.Parameter((drawn / math.sqrt(self.in_features)).to(device))
         self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     @property
@@ -91,15 +103,19 @@ class MaskedLoraLinear(nn.Module, ABC):
         """The mask (out, in) of the product, if there is one."""
 
     def effective_weight(self) -> Tensor:
-        """Return Q (through the grid) or Q0 + delta (out, in), differentiable in A and B."""
+        """Return Q (through the grid) or start + change (out, in), differentiable in A and B."""
         formed: Tensor = _FormedWeight.apply(*self._factors(), self)
         return formed
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return the unrounded change M * (B A) alpha/rank, (out, in), float32."""
+        """Return how far the unrounded weight is from Q0's, (out, in), float32.
+
+        That is M * (B A) alpha/rank, and with a latent start its offset more.
+        """
         A, B = self._factors()
-        return _masked_product(A, B, self._weight_mask, self.scaling)
+        change = _masked_product(A, B, self._weight_mask, self.scaling)
+        return change if self.offset is None else change.add_(self.offset)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -113,14 +129,16 @@ class MaskedLoraLinear(nn.Module, ABC):
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedLoraLinear:
-        # The grid is no buffer, because `model.bfloat16()` must not round its scales.
+        # Grid and offset are no buffers, because `model.bfloat16()` must not round them.
         super()._apply(fn, recurse)
         self.grid = self.grid.to(device=self.codes0.device)
+        if self.offset is not None:
+            self.offset = self.offset.to(self.codes0.device)
         return self
 
 
 class WeightMaskedLinear(MaskedLoraLinear):
-    """`mask.on: weight`: Q = snap(Q0 + M * (B A)); the change outside M is exactly 0."""
+    """`mask.on: weight`: Q = snap(start + M * (B A)); the change outside M is exactly 0."""
 
     mask: Tensor
 
@@ -219,6 +237,7 @@ def attach(
     on: Literal["weight", "factors"],
     through_grid: bool,
     seed: int,
+    latents: Mapping[str, Tensor] | None = None,
 ) -> dict[str, MaskedLoraLinear]:
     """Replace the named linear layers by patched ones, and freeze everything but A and B.
 
@@ -230,12 +249,15 @@ def attach(
         on: What the mask is over.
         through_grid: Train with rounding in the forward pass.
         seed: Of A's start values; they depend on it and on the layer's name alone.
+        latents: Module name -> its weight from before it was rounded, to start from; may read it
+            on access.
 
     Returns:
         Module name -> its patched layer, in the order of `quantized`.
 
     Raises:
-        ModelError: A name is not a linear layer of the model, or has another shape.
+        ModelError: A name is not a linear layer of the model, or has another shape, or its latent
+            weight does not round to its codes.
     """
     modules = dict(model.named_modules())
     for name, tensor in quantized.items():
@@ -253,6 +275,7 @@ def attach(
             name=name,
             bias=linear.bias,
             dtype=linear.weight.dtype,
+            latent=latents[name] if latents is not None else None,
         ).to(linear.weight.device)
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, layers[name])
@@ -280,7 +303,7 @@ def _masked_product(A: Tensor, B: Tensor, mask: Tensor | None, scaling: float) -
 
 
 class _FormedWeight(torch.autograd.Function):
-    """Q0 + M * (B A) scaling, rounded or not, formed in cache-sized blocks of rows."""
+    """start + M * (B A) scaling, rounded or not, formed in cache-sized blocks of rows."""
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor, layer: MaskedLoraLinear) -> Tensor:
@@ -293,6 +316,8 @@ class _FormedWeight(torch.autograd.Function):
             part = None if mask is None else mask[rows]
             change = _masked_product(A, B[rows], part, layer.scaling)
             if layer.through_grid:
+                if layer.offset is not None:
+                    change.add_(layer.offset[rows])
                 grid.rows(rows).snap_moved_(layer.codes0[rows], change)
             else:
                 change.add_(layer.weight[rows])

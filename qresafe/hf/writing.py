@@ -39,6 +39,7 @@ from qresafe.hf.models import (
 from qresafe.hf.tensor_files import TensorFiles
 
 INDEX = "model.safetensors.index.json"
+LATENTS = "latents.safetensors"
 KV_LAYERS = ("re:.*k_proj$", "re:.*v_proj$")
 FORMAT = "pack-quantized"  # compressed-tensors packs every width from 2 to 8 bits densely
 
@@ -264,6 +265,21 @@ def write_plain(target: Path, source: Path, weights: Mapping[str, Tensor]) -> No
         return {name: weights[name].detach().cpu().to(old.dtype) if name in weights else old}
 
     _write(target, files, convert, read_config(source))
+
+
+def write_latents(target: Path, latents: Mapping[str, Tensor]) -> None:
+    """Write layer -> latent weight as `read_latents` reads them, in float32.
+
+    In 16 bits some of them would round to other codes.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    wide = {name: latent.float().contiguous() for name, latent in latents.items()}
+    save_file(wide, str(target / LATENTS))
+
+
+def read_latents(folder: Path) -> TensorFiles:
+    """Return layer -> float32 latent weight (out, in), read on access."""
+    return TensorFiles(folder, [folder / LATENTS])
 
 
 def write_halved(target: Path, source: Path, layers: Sequence[str]) -> None:

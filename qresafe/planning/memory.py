@@ -67,6 +67,7 @@ class Patching:
         zero_stage: DeepSpeed's.
         world_size: Processes that train together.
         device: "cpu" forms weights in small blocks, "gpu" in large ones.
+        latent: Whether it starts from latent weights, of which the offsets are held.
     """
 
     rank: int
@@ -80,6 +81,7 @@ class Patching:
     zero_stage: int = 0
     world_size: int = 1
     device: Literal["cpu", "gpu"] = "gpu"
+    latent: bool = False
 
     @property
     def forms(self) -> bool:
@@ -122,7 +124,7 @@ def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     masters = factors / how.world_size if how.zero_stage else 0  # DeepSpeed's flat copies
     found = {
         WEIGHTS: weights + gathered,
-        CODES: shape.quantized + scales,
+        CODES: shape.quantized * (5.0 if how.latent else 1.0) + scales,
         MASKS: float(masks),
         ADAPTER: factors / shards + masters,
     }

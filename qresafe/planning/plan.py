@@ -333,6 +333,7 @@ def patching(
         zero_stage=spec.zero_stage if distributed else 0,
         world_size=workers,
         device=device,
+        latent=spec.start == "latent",
     )
 
 

@@ -14,7 +14,7 @@ from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import linear_layers
 from qresafe.progress import Progress
 
-CHECKPOINT, CONTROL = "checkpoint", "control"
+CHECKPOINT, CONTROL, LATENT = "checkpoint", "control", "latent"
 HEAD = "lm_head"
 
 
@@ -33,6 +33,8 @@ class QuantizeResult:
 
 class Quantizer(Protocol):
     """Writes `target/checkpoint` (loadable by plain transformers), perhaps `target/control`.
+
+    One that trains latent weights may leave them in `target/latent`, see `writing.read_latents`.
 
     Called again from the start after a kill; the same arguments give the same bytes.
     """

@@ -22,10 +22,16 @@ from qresafe.errors import ModelError
 from qresafe.hf.finetune import Chat, finetune, total_steps
 from qresafe.hf.models import load_model
 from qresafe.hf.tensor_files import TensorFiles
-from qresafe.hf.writing import Scheme, write_plain, write_quantized
+from qresafe.hf.writing import Scheme, write_latents, write_plain, write_quantized
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import LlmQatSpec
-from qresafe.quantizers.base import CHECKPOINT, CONTROL, QuantizeResult, layers_to_quantize
+from qresafe.quantizers.base import (
+    CHECKPOINT,
+    CONTROL,
+    LATENT,
+    QuantizeResult,
+    layers_to_quantize,
+)
 from qresafe.quantizers.calibrated import learned
 from qresafe.quantizers.safety_terms import SafetyTerms, safety_terms
 from qresafe.registry import judges
@@ -43,6 +49,9 @@ def quantize(
     progress: Progress | None = None,
 ) -> QuantizeResult:
     """Write `target/checkpoint` (compressed-tensors) and `target/control`; see `Quantizer`.
+
+    With `spec.keep_latent` also `target/latent`: layer -> the float32 weight that rounds to its
+    codes.
 
     Trains in float32 with AdamW: 16 bytes per weight of memory, plus the teacher for
     self-distillation. Only the quantized layers are trained, in both arms. With `spec.safety` the
@@ -70,6 +79,8 @@ def quantize(
     terms = safety_terms(source, target / CONTROL, spec.safety, spec.seed) if spec.safety else None
     rounded, counts["losses"] = _train(source, names, chats, spec, scheme, shown, terms)
     write_quantized(target / CHECKPOINT, source, _final(rounded, source, scheme), scheme)
+    if spec.keep_latent:
+        write_latents(target / LATENT, rounded)
     if terms:
         counts["safety"] = terms.counts()
     if train_control and not control:

@@ -243,6 +243,7 @@ class Experiment:
             progress=self.progress,
             probe=self.probe,
             start=self.start,
+            latents=self.quantized.path / "latent" if self.spec.patch.start == "latent" else None,
         )
         return self._note("patch", made)
 

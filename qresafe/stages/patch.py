@@ -23,6 +23,7 @@ from qresafe.stages.patch_data import Pool
 from qresafe.stages.probe import Probe
 from qresafe.stages.runtime import Runtime, read_table
 from qresafe.stages.train_engine import LocalEngine, TrainEngine
+from qresafe.storage import local_folder
 
 CODE_VERSION = 1
 BASELINES = ("dpo", "sft")
@@ -38,6 +39,7 @@ class PatchJob:
         reference: Path of reference.parquet; None where no term needs it.
         spec: All hyper-parameters.
         probe: Questions that the model answers on the way; they change no trained bit.
+        latents: Folder of the weights that Q0's were rounded from; needed with `start: latent`.
     """
 
     q0: ModelInput
@@ -45,17 +47,20 @@ class PatchJob:
     reference: str | None
     spec: PatchSpec
     probe: Probe | None = None
+    latents: str | None = None
 
     def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
         """Train as one rank of `engine`; see `train_patch`."""
         from qresafe.hf.checkpoint import load_dense
+        from qresafe.hf.writing import read_latents
         from qresafe.stages.flip_loop import flip_codes
         from qresafe.stages.patch_loop import PatchInputs, train_patch
 
         pool = self.rows()  # first: it is what a user's mistake shows in
         path = self.q0.ref.on_this_machine().path
         model, quantized = load_dense(path)
-        inputs = PatchInputs(model, quantized, pool)
+        latents = read_latents(local_folder(self.latents)) if self.latents else None
+        inputs = PatchInputs(model, quantized, pool, latents)
         watch = self.probe.watch(path) if self.probe else None
         make = flip_codes if self.spec.method == "flips" else train_patch
         make(engine, inputs, self.spec, folder, progress, watch)
@@ -82,6 +87,7 @@ def patch(
     progress: Progress,
     probe: Probe | None = None,
     start: UPath | None = None,
+    latents: UPath | None = None,
 ) -> Artifact:
     """Train the patch and leave adapter, masks, codes, delta and history (`patch_output`).
 
@@ -98,18 +104,22 @@ def patch(
         probe: Questions to ask on the way; the answers stand in history.jsonl.
         start: Folder of a patch whose last step is a step of this one too, to go on from; only
             time is saved by it.
+        latents: Folder of the weights that Q0's were rounded from; needed with `start: latent`.
 
     Raises:
         DataError: No row serves the objective, or reference log-probs are missing.
+        SpecError: The patch is to start from latent weights, and there are none.
         UserError: Training diverged.
     """
     if reference is None and needs_reference(spec):
         raise DataError("no reference log-probs", where="patch", remedy="run the reference stage")
+    if spec.start == "latent" and latents is None:
+        raise _no_latents()
 
     def work(folder: UPath) -> Mapping[str, Any]:
         from qresafe.stages.patch_data import total_steps
 
-        job = _job(q0, pairs, reference, spec, probe)
+        job = _job(q0, pairs, reference, spec, probe, latents)
         if start is not None:
             patch_state.adopt(folder, start)
         steps = None if spec.method == "flips" else total_steps(len(job.rows()), spec)
@@ -144,19 +154,27 @@ def key_spec(spec: PatchSpec) -> dict[str, Any]:
     left_out = {"checkpoint_every"} if spec.changes else {"checkpoint_every", "changes"}
     if spec.method != "flips":
         left_out.add("flips")
-    return spec.model_dump(mode="json", exclude=left_out)
+    return spec.key_data(exclude=left_out)
 
 
 def check_patchable(spec: PatchSpec, quantize: QuantizeSpec) -> None:
-    """Find a method of patching that the quantizer's codes do not allow, before anything runs.
+    """Find a way of patching that the quantizer does not allow, before anything runs.
 
     Raises:
-        SpecError: Flips of codes that stand for several weights.
+        SpecError: Flips of codes that stand for several weights, or a start from latent weights
+            that are not kept.
     """
+    if spec.start == "latent" and not getattr(quantize, "keep_latent", False):
+        raise _no_latents()
     below = getattr(quantize, "base", None) or quantize
     if spec.method == "flips" and below.method == "aqlm":
         what = "a code of AQLM stands for several weights and has no neighbours to flip to"
         raise SpecError(what, where="patch.method", remedy="use masked_lora")
+
+
+def _no_latents() -> SpecError:
+    remedy = "set quantize.method=llm_qat and quantize.keep_latent=true, or start to checkpoint"
+    return SpecError("no latent weights of Q0 are kept", where="patch.start", remedy=remedy)
 
 
 def needs_reference(spec: PatchSpec) -> bool:
@@ -173,12 +191,14 @@ def _job(
     reference: Artifact | None,
     spec: PatchSpec,
     probe: Probe | None,
+    latents: UPath | None,
 ) -> PatchJob | BaselineJob:
     rows = str(pairs.path / "pairs.parquet")
     if spec.method in BASELINES:
         return BaselineJob(q0, rows, spec)
     where = str(reference.path / "reference.parquet") if reference else None
-    return PatchJob(q0, rows, where, spec, probe)
+    started = str(latents) if latents is not None and spec.start == "latent" else None
+    return PatchJob(q0, rows, where, spec, probe, started)
 
 
 def summary(folder: UPath) -> dict[str, Any]:

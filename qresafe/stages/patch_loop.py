@@ -46,11 +46,14 @@ class PatchInputs:
         model: Q0 with decoded float weights in plain linear layers; changed in place.
         quantized: Module name -> grid and codes.
         pool: The training rows.
+        latents: Module name -> the weight that was rounded to `quantized`, to start from; None:
+            from `quantized`.
     """
 
     model: Any
     quantized: Mapping[str, QuantizedTensor]
     pool: Pool
+    latents: Mapping[str, Tensor] | None = None
 
 
 def train_patch(
@@ -141,6 +144,7 @@ class PatchLoop:
             on=spec.mask.on,
             through_grid=spec.through_grid,
             seed=spec.seed,
+            latents=inputs.latents,
         )
         factors = {
             f"{name}.{kind}": getattr(layer, kind)

@@ -3,7 +3,8 @@
 adapter.safetensors  <layer>.A, <layer>.B and, for factor masks, their anchors and references
 masks.safetensors    <layer>.<mask>: 8 entries a byte; shapes as JSON in the metadata
 codes.safetensors    <layer>: int8 codes of snap(Q0 + delta), on Q0's grid
-delta.safetensors    <layer>: the unrounded change M * (B A) alpha/rank, float32
+delta.safetensors    <layer>: the unrounded change M * (B A) alpha/rank, float32; with a latent
+                     start, the unrounded weight less Q0's
 history.jsonl        one line per step
 """
 

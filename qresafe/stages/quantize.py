@@ -1,4 +1,7 @@
-"""Stage: W becomes Q0 (checkpoint/), and where the method fine-tunes, its control (control/)."""
+"""Stage: W becomes Q0 (checkpoint/), and where the method fine-tunes, its control (control/).
+
+latent/ holds the weights that were rounded to Q0, where the method trains such and is asked to.
+"""
 
 from __future__ import annotations
 
@@ -121,8 +124,7 @@ def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
     input.
     """
     elsewhere = {"path", "revision"} if isinstance(spec, CheckpointSpec) else set()
-    data: dict[str, Any] = spec.model_dump(mode="json", exclude=elsewhere)
-    return _without_unasked(data)
+    return _without_unasked(spec.key_data(exclude=elsewhere))
 
 
 def _without_unasked(data: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,12 @@ def test_what_lies_there_all_the_time() -> None:
     assert parts["optimizer"] == 8 * factors
 
 
+def test_a_latent_start_holds_four_bytes_a_weight_more() -> None:
+    latent = replace(HOW, latent=True)
+    parts, plain = (memory.patch(MODEL, how, BATCH, BATCH) for how in (latent, HOW))
+    assert parts["codes and scales"] - plain["codes and scales"] == 4 * MODEL.quantized
+
+
 def test_zero_stages_divide_what_they_say() -> None:
     factors = 4 * MODEL.factors(8)
     shared = {"world_size": 4, "accumulates": True, "snip": False}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qresafe.core.grids import fit_uniform
 from qresafe.embedded.calibration import read_chats
 from qresafe.errors import DataError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_model
+from qresafe.hf.writing import read_latents
 from qresafe.quantize_specs import CalibrationSpec, LlmQatSpec, QloraSpec
 from qresafe.quantizers.calibrated import learned
 from qresafe.quantizers.llm_qat import quantize, round_tokens
@@ -115,6 +117,33 @@ def test_the_checkpoint_holds_the_grid_of_the_last_latent(
     for name in checkpoint.names:
         grid = fit_uniform(source[f"{name}.weight"], 3, 32, symmetric=False)
         assert torch.equal(checkpoint.read(name).codes, grid.encode(source[f"{name}.weight"]))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_kept_latents_round_to_the_checkpoint_code_for_code(
+    tiny_llama: Path, tmp_path: Path, chats: Path, bits: int, stored: torch.dtype
+) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "w"))
+    tensors = {n: t.to(stored) for n, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    kept = spec(chats, bits=bits, keep_latent=True)
+    for folder, asked in (("kept", kept), ("plain", spec(chats, bits=bits))):
+        quantize(source, tmp_path / folder, asked, control=False)
+    latents = read_latents(tmp_path / "kept" / "latent")
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "kept" / "checkpoint")
+    assert list(latents) == sorted(checkpoint.names)
+    moved = 0
+    for name in latents:
+        tensor, latent = checkpoint.read(name), latents[name]
+        assert latent.dtype == torch.float32
+        assert torch.equal(tensor.grid.encode(latent), tensor.codes)
+        moved += int((latent != tensors[f"{name}.weight"].float()).sum())
+    assert moved > 0  # it is the trained weight, not W
+    # the checkpoint is the one that is made without them
+    made = [tmp_path / n / "checkpoint" / "model.safetensors" for n in ("kept", "plain")]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    assert not (tmp_path / "plain" / "latent").exists()
 
 
 @pytest.mark.parametrize(("words", "fits"), [(250, True), (251, False)])

@@ -11,12 +11,16 @@ from patching import made_pairs, patch_spec
 from upath import UPath
 
 from qresafe.artifacts import Run
-from qresafe.errors import DataError
+from qresafe.errors import DataError, SpecError
+from qresafe.hf.checkpoint import QuantizedCheckpoint
+from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.warm import ModelInput
+from qresafe.hf.writing import write_latents
 from qresafe.progress import Silent
-from qresafe.quantize_specs import RtnSpec
+from qresafe.quantize_specs import Critical16Spec, LlmQatSpec, RtnSpec
 from qresafe.quantizers.rtn import quantize
-from qresafe.stages.patch import needs_reference, patch
+from qresafe.specs import PatchSpec
+from qresafe.stages.patch import check_patchable, key_spec, needs_reference, patch
 from qresafe.stages.patch_output import read_tensors
 from qresafe.stages.reference import reference
 from qresafe.stages.runtime import InProcessRuntime, read_table
@@ -75,3 +79,46 @@ def test_reference_is_needed_by_the_dpo_term_and_the_dpo_score() -> None:
     assert needs_reference(patch_spec(objective="paper"))
     assert not needs_reference(patch_spec(objective="default"))
     assert needs_reference(patch_spec(objective="default", mask={"loss": "dpo"}))
+
+
+def test_a_patch_from_latent_weights_moves_more_codes(
+    q0: ModelInput, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """RTN's latents are W's own weights; with the same small steps more of them cross a border."""
+    run = Run(str(tmp_path), "t")
+    pairs = made_pairs(run)
+    files = TensorFiles(tiny_llama)
+    latents = {n: files[f"{n}.weight"] for n in QuantizedCheckpoint.open(q0.ref.path).names}
+    write_latents(tmp_path / "latent", latents)
+    objective = {"dpo": 0.0, "nll": 1.0, "kl": 0.0, "anchor": 0.1}
+    spec = patch_spec(objective=objective, batch_size=8, steps=2, lr=1e-3)
+    given = {"q0": q0, "pairs": pairs, "reference": None} | OPTIONS
+    plain = patch(run, spec=spec, **given)
+    latent = spec.model_copy(update={"start": "latent"})
+    made = patch(run, spec=latent, latents=UPath(tmp_path / "latent"), **given)
+    changed = [one.manifest.counts["codes_changed"] for one in (plain, made)]
+    assert changed[1] > 3 * changed[0]
+    codes = read_tensors(UPath(made.path) / "codes.safetensors")
+    delta = read_tensors(UPath(made.path) / "delta.safetensors")
+    for name, tensor in QuantizedCheckpoint.open(q0.ref.path).items():
+        snapped = tensor.grid.encode(tensor.dense() + delta[name])
+        assert (snapped == codes[name]).float().mean() > 0.999  # but for ties
+    with pytest.raises(SpecError, match=r"no latent weights of Q0 are kept in patch\.start: set"):
+        patch(run, spec=latent, **given)
+
+
+def test_a_latent_start_is_refused_where_no_latents_are_kept() -> None:
+    latent = PatchSpec(start="latent")
+    check_patchable(latent, LlmQatSpec(keep_latent=True))
+    for quantizer in (LlmQatSpec(), RtnSpec(), Critical16Spec(base=LlmQatSpec())):
+        with pytest.raises(SpecError, match=r"quantize\.keep_latent=true"):
+            check_patchable(latent, quantizer)
+    with pytest.raises(ValueError, match="start: latent is of method masked_lora"):
+        PatchSpec(start="latent", method="flips")
+    with pytest.raises(ValueError, match=r"leave out base\.keep_latent"):
+        Critical16Spec(base=LlmQatSpec(keep_latent=True))
+
+
+def test_what_nobody_asked_for_is_not_in_the_patchs_key() -> None:
+    assert "start" not in key_spec(PatchSpec())
+    assert key_spec(PatchSpec(start="latent"))["start"] == "latent"

@@ -29,8 +29,10 @@ def test_what_nobody_asked_for_is_not_in_the_key() -> None:
     assert _key_spec(LlmQatSpec(epochs=2))["epochs"] == 2
     assert "safety" not in _key_spec(LlmQatSpec())
     assert _key_spec(LlmQatSpec(safety=SafetySpec()))["safety"]["dpo"] == 1
+    assert "keep_latent" not in _key_spec(LlmQatSpec())
+    assert _key_spec(LlmQatSpec(keep_latent=True))["keep_latent"] is True
     nested = Critical16Spec(base=LlmQatSpec())
-    assert "epochs" not in _key_spec(nested)["base"]
+    assert not {"epochs", "keep_latent"} & _key_spec(nested)["base"].keys()
 
 
 def test_what_a_nested_method_learns_from_is_an_input(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from qresafe.artifacts import content_key
 from qresafe.search_space import Params, value_at
 from qresafe.search_spec import Search
@@ -33,5 +31,4 @@ def trial_key(spec: ExperimentSpec) -> str:
 def upper_key(spec: ExperimentSpec) -> str:
     """Return a hash of all that the stages above the patch depend on."""
     left_out = {"name", "storage", "resources", "patch"}
-    data: dict[str, Any] = spec.model_dump(mode="json", exclude=left_out)
-    return content_key(data)
+    return content_key(spec.key_data(exclude=left_out))
