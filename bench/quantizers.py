@@ -2,7 +2,7 @@
 
     python -m bench.quantizers                 # every row, seeds 0 1 2: docs/results-quantizers.md
     python -m bench.quantizers --only AQLM --seeds 0      # rows whose label begins so
-    python -m bench.quantizers --plan bounds   # another plan, with a page of its own
+    python -m bench.quantizers --plan bounds   # or critical16: another plan, with its own page
 
 Each row and seed runs in a process of its own, so that its peak memory is its own; its result is
 kept, and a run continues where one was stopped. A row is patched where Q0's attack success is at
@@ -30,6 +30,7 @@ from qresafe.specs import ExperimentSpec
 
 HERE = Path(__file__).parent
 AXES = ("harmful", "benign", "borderline")
+PLANS = ("", "bounds", "critical16")
 LOSS = 0.10  # of refusals on harmful prompts: from here on a row is patched
 
 
@@ -90,7 +91,7 @@ def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--plan", default="", choices=["", "bounds"], help="which rows")
+    parser.add_argument("--plan", default="", choices=PLANS, help="which rows")
     parser.add_argument("--only", help="the beginning of a label")
     parser.add_argument("--storage", default=".bench/quantizers")
     parser.add_argument("--processes", type=int, default=2)

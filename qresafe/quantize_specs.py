@@ -260,8 +260,10 @@ class Critical16Spec(Spec):
     method: Literal["critical16"] = "critical16"
     base: BaseSpec = RtnSpec()
     fraction: Fraction = 0.05  # of all quantized weights, by SNIP on W's refusals
-    # weights: single ones, which qresafe alone deploys; layers: whole ones, for any server
-    structure: Literal["weights", "layers"] = "weights"
+    # weights: single ones; rows: of a layer, by mean score; blocks: tiles of one. qresafe alone
+    # deploys these. layers: whole ones, for any server
+    structure: Literal["weights", "rows", "blocks", "layers"] = "weights"
+    block: tuple[AtLeastOne, AtLeastOne] | None = None  # rows and columns of a block
     harmful: AtLeastOne = 100  # prompts of the embedded pool that W answers
     path: str | None = None  # a file with a column prompt instead
     judge: str = "keyword"  # decides which answers are refusals
@@ -273,6 +275,20 @@ class Critical16Spec(Spec):
     @classmethod
     def _default_base(cls, data: Any) -> Any:
         return _base_by_default(data, "rtn")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_block(cls, data: Any) -> Any:
+        # 16 x 16 is what one instruction of a tensor core takes, and the least that PyTorch's
+        # block-sparse kernels do; [1, n] would be one quantization group of a row.
+        blocks = isinstance(data, dict) and data.get("structure") == "blocks"
+        return data | {"block": data.get("block") or (16, 16)} if blocks else data
+
+    @model_validator(mode="after")
+    def _blocks_alone(self) -> Critical16Spec:
+        if self.block and self.structure != "blocks":
+            raise ValueError("block is of structure: blocks; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _one_overlay(self) -> Critical16Spec:

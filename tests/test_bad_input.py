@@ -180,7 +180,7 @@ VLLM = "evaluate.generate.engine=vllm"
     [
         ("quantize.method=rtn quantize.bits=3", "it runs integers of 4 and 8 bits, not 3"),
         ("quantize.method=qlora quantize.deploy=adapter", "leave out the adapter"),
-        ("quantize.method=critical16", "leave out the single 16-bit weights"),
+        ("quantize.method=critical16", "leave out the 16-bit weights of structure: weights"),
         ("quantize.method=rtn", "engine 'vllm' needs a GPU for each worker"),
     ],
 )

@@ -24,7 +24,7 @@ from qresafe.hf.template_probe import check_template
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
 
-KEPT = "critical16.safetensors"  # single weights in 16 bits, see `qresafe.hf.overlaid`
+KEPT = "critical16.safetensors"  # 16-bit weights, see `qresafe.hf.overlaid`
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = (".safetensors", ".gguf")
 CONTENT = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".py")

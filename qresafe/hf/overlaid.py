@@ -1,7 +1,10 @@
 """What may lie beside the codes of a quantized checkpoint: a LoRA adapter, or 16-bit weights.
 
 adapter_config.json, adapter_model.safetensors   PEFT's files; plain transformers loads them too
-critical16.safetensors                           single weights in 16 bits; qresafe alone loads them
+critical16.safetensors                           tiles in 16 bits; qresafe alone loads them
+
+Of each layer the latter holds `header`, `lower` and `upper`, which are the numbers of its kept
+tiles, and `values`: (tiles,) for single weights, else (tiles, rows, columns).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from qresafe.core.grids import QuantizedTensor
 from qresafe.core.overlaid import AdaptedGrid, KeptGrid
 from qresafe.core.sparse_patch import pack_positions, unpack_positions
+from qresafe.core.tiles import SINGLE, Tiles, count_tiles, cut, fits
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.models import ADAPTER_CONFIG, KEPT, read_config
 from qresafe.hf.tensor_files import TensorFiles
@@ -79,21 +83,31 @@ class Overlays:
         if self._adapter is not None and self._scaling is not None and down in self._adapter:
             A, B = self._adapter[down], self._adapter[down.replace("lora_A", "lora_B")]
             tensor = QuantizedTensor(AdaptedGrid(tensor.grid, A, B, self._scaling), tensor.codes)
-        if self._kept is not None and f"{layer}/values" in self._kept:
-            grid = KeptGrid(tensor.grid, *self._kept_weights(layer, tensor.grid.shape))
-            tensor = QuantizedTensor(grid, tensor.codes)
+        if tiles := self.kept(layer, tensor.grid.shape):
+            tensor = QuantizedTensor(KeptGrid(tensor.grid, *tiles.weights()), tensor.codes)
         return tensor
 
-    def _kept_weights(self, layer: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        assert self._kept is not None
+    def kept(self, layer: str, shape: tuple[int, int]) -> Tiles | None:
+        """Return what is kept in 16 bits of a layer whose weight has `shape`; None if nothing.
+
+        Raises:
+            CorruptArtifactError: The file is damaged.
+        """
+        if self._kept is None or f"{layer}/values" not in self._kept:
+            return None
         names = [name for name in self._kept if name.startswith(f"{layer}/")]
         parts = {name.rpartition("/")[2]: self._kept[name] for name in names}
         where = f"{self._where}/{KEPT}, {layer}"
-        size, positions = unpack_positions(parts, where)
-        if size != shape[0] * shape[1] or len(positions) != len(parts["values"]):
+        size, ids = unpack_positions(parts, where)
+        values = parts["values"]
+        if values.dim() == 1:
+            values = values[:, None, None]
+        tile = tuple(values.shape[1:])
+        whole = len(tile) == 2 and min(tile) > 0 and fits(shape, tile)
+        if not whole or size != count_tiles(shape, tile) or len(ids) != len(values):
             remedy = "copy or make the checkpoint again"
             raise CorruptArtifactError("lists of unequal length", where=where, remedy=remedy)
-        return positions, parts["values"]
+        return Tiles(shape, ids, values)
 
 
 def adapter_scaling(folder: Path) -> float | None:
@@ -121,13 +135,14 @@ def adapter_scaling(folder: Path) -> float | None:
     return scaling
 
 
-def write_kept(folder: Path, kept: Mapping[str, tuple[int, Tensor, Tensor]]) -> None:
-    """Write critical16.safetensors: layer -> (size, positions, 16-bit values), none empty."""
-    tensors = {
-        f"{layer}/{part}": value
-        for layer, (size, positions, values) in kept.items()
-        for part, value in (pack_positions(size, positions) | {"values": values}).items()
-    }
+def write_kept(folder: Path, kept: Mapping[str, Tiles]) -> None:
+    """Write critical16.safetensors: layer -> its kept tiles, none of them empty."""
+    tensors: dict[str, Tensor] = {}
+    for layer, tiles in kept.items():
+        parts = pack_positions(count_tiles(tiles.shape, tiles.tile), tiles.ids)
+        single = tiles.tile == SINGLE
+        parts["values"] = tiles.values.flatten() if single else tiles.values.contiguous()
+        tensors |= {f"{layer}/{part}": value for part, value in parts.items()}
     save_file(tensors, str(folder / KEPT))
 
 
@@ -146,37 +161,73 @@ def decompress_on_load(folder: Path) -> None:
 def apply_kept(model: Any, folder: Path) -> None:
     """Put a checkpoint's 16-bit weights into the deployed model, which transformers left out.
 
-    Where the loaded layer holds float weights they are replaced; where it holds codes, a sparse
-    product is added to its output.
+    Where the loaded layer holds float weights they are replaced. Where it holds codes, whole rows
+    are one dense product whose results take the place of those output features, and of other
+    tiles what the codes lack is added: for blocks a dense product each, for single weights a
+    sparse one.
     """
     from qresafe.hf.checkpoint import QuantizedCheckpoint
 
     checkpoint = QuantizedCheckpoint.open(folder)
     for name in checkpoint.names:
         tensor = checkpoint.read(name)
-        if isinstance(tensor.grid, KeptGrid):
-            _apply(model.get_submodule(name), tensor.grid, tensor.codes)
+        if tiles := checkpoint.overlays.kept(name, tensor.grid.shape):
+            _apply(model.get_submodule(name), tiles, tensor)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _apply(layer: nn.Module, grid: KeptGrid, codes: Tensor) -> None:
+def _apply(layer: nn.Module, tiles: Tiles, tensor: QuantizedTensor) -> None:
     weight = getattr(layer, "weight", None)  # AQLM's layers have codes and codebooks instead
-    if weight is not None and weight.is_floating_point() and tuple(weight.shape) == grid.shape:
-        values = grid.values.to(device=weight.device, dtype=weight.dtype)
-        weight.view(-1)[grid.positions.to(weight.device)] = values
+    if weight is not None and weight.is_floating_point() and tuple(weight.shape) == tiles.shape:
+        positions, values = tiles.weights()
+        weight.view(-1)[positions.to(weight.device)] = values.to(weight.device, weight.dtype)
         return
-    dense = grid.base.decode(codes).float().reshape(-1)
-    gap = grid.values.float() - dense[grid.positions]
-    columns = grid.shape[1]
-    places = torch.stack([grid.positions // columns, grid.positions % columns])
-    matrix = (
-        torch.sparse_coo_tensor(places, gap, grid.shape, check_invariants=True)
-        .coalesce()
-        .to(next(layer.parameters()).device)
-    )
+    device = next(layer.parameters()).device
+    if tiles.are_rows:
+        _replace_features(layer, tiles.ids.to(device), tiles.values[:, 0].float().to(device))
+        return
+    assert isinstance(tensor.grid, KeptGrid)
+    beneath = tensor.grid.base.decode(tensor.codes).float()
+    gap = tiles.values.float() - cut(beneath, tiles.tile)[tiles.ids]
+    add = _add_weights if tiles.tile == SINGLE else _add_blocks
+    add(layer, Tiles(tiles.shape, tiles.ids.to(device), gap.to(device)))
+
+
+def _replace_features(layer: nn.Module, features: Tensor, weight: Tensor) -> None:
+    """Let rows of 16-bit weights (features, in) make their output features."""
+
+    def replace(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        bias = getattr(layer, "bias", None)
+        made = nn.functional.linear(inputs[0].float(), weight)
+        made = made if bias is None else made + bias[features]
+        return output.index_copy(-1, features, made.to(output.dtype))
+
+    layer.register_forward_hook(replace)
+
+
+def _add_blocks(layer: nn.Module, gap: Tiles) -> None:
+    """Add to the output what blocks are more than the codes beneath them."""
+    rows, columns = gap.tile
+    top, left = gap.corners()
+    features = (top[:, None] + torch.arange(rows, device=top.device)).flatten()
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows = inputs[0].reshape(-1, columns).float()
+        seen = inputs[0].float().unflatten(-1, (-1, columns))[..., left // columns, :]
+        extra = torch.einsum("...tc,trc->...tr", seen, gap.values).flatten(-2)
+        return output.index_add(-1, features, extra.to(output.dtype))
+
+    layer.register_forward_hook(add)
+
+
+def _add_weights(layer: nn.Module, gap: Tiles) -> None:
+    """Add to the output what single weights are more than the codes beneath them."""
+    places = torch.stack(gap.corners())
+    matrix = torch.sparse_coo_tensor(
+        places, gap.values.flatten(), gap.shape, check_invariants=True
+    ).coalesce()
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows = inputs[0].reshape(-1, gap.shape[1]).float()
         extra = torch.sparse.mm(matrix, rows.T).T
         return output + extra.reshape(output.shape).to(output.dtype)
 

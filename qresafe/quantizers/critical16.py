@@ -1,9 +1,9 @@
 """16 bits for the most safety-critical weights, most other methods for the rest; no training.
 
 The paper's variant without fine-tuning: weights are scored by SNIP on W, with the loss
--log p(y|x) of W's own refusals of harmful prompts, and the top fraction is kept. Kept are either
-single weights, in a file that qresafe alone puts back into the deployed model, or whole linear
-layers, by summed score per weight, which any server runs.
+-log p(y|x) of W's own refusals of harmful prompts, and the top fraction is kept. Kept are single
+weights, or by their mean score rows or blocks of a layer, in a file that qresafe alone puts back
+into the deployed model; or whole linear layers, by mean score too, which any server runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from qresafe.core.masks import iter_top_fraction
 from qresafe.core.snip import SnipScorer
+from qresafe.core.tiles import SINGLE, Tiles, cut, fits
 from qresafe.embedded.calibration import harmful_texts
 from qresafe.errors import DataError, ModelError, SpecError
 from qresafe.hf.chat import prompt_ids
@@ -55,7 +56,7 @@ def quantize(
     Raises:
         ModelError: A layer does not fit the base method.
         DataError: W refuses none of the prompts.
-        SpecError: With structure layers, no layer is as small as `fraction`.
+        SpecError: No row, block or layer is as small as `fraction`.
     """
     source = local_folder(model_path)
     texts = harmful_texts(spec)
@@ -65,7 +66,7 @@ def quantize(
     refused, scores = _scored(source, names, texts, spec, shown)
     shown.finish(f"{refused} refusals")
     counts = {"refusals": refused, "prompts": len(texts), "structure": spec.structure}
-    make = _keep_weights if spec.structure == "weights" else _keep_layers
+    make = _keep_layers if spec.structure == "layers" else _keep_tiles
     made = make(source, target, spec, scores, control, shown)
     return QuantizeResult(dict(made.counts) | counts, made.control)
 
@@ -80,26 +81,47 @@ def planned(source: Path, spec: Critical16Spec) -> list[str]:
         what = f"critical16 scores nn.Linear layers, and {odd[0]} is another kind"
         remedy = f"use quantize.method: {spec.base.method}, or another model"
         raise ModelError(what, where=str(source), remedy=remedy)
-    if spec.structure == "layers" and spec.fraction > 0:
+    if spec.structure != "weights" and spec.fraction > 0:
         files = TensorFiles(source)
-        check_room({n: math.prod(files.shape(f"{n}.weight")) for n in names}, spec.fraction)
+        _check_shapes({n: files.shape(f"{n}.weight") for n in names}, spec, str(source))
     return names
 
 
-def check_room(sizes: Mapping[str, int], fraction: float) -> None:
-    """Refuse a fraction into which not even the smallest layer fits.
+def _check_shapes(shapes: Mapping[str, Sequence[int]], spec: Critical16Spec, where: str) -> None:
+    """Refuse layers that blocks do not fill, and a fraction into which nothing fits."""
+    tiles = {name: tile_of(spec, rows, columns) for name, (rows, columns) in shapes.items()}
+    for name, (rows, columns) in shapes.items():
+        if not fits((rows, columns), tiles[name]):
+            block = " x ".join(map(str, tiles[name]))
+            what = f"{name} is {rows} x {columns}, which blocks of {block} do not fill"
+            remedy = "set quantize.block to divisors of both, or use structure: rows"
+            raise ModelError(what, where=where, remedy=remedy)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    least = min(math.prod(tile) for tile in tiles.values())
+    check_room(least, total, spec.fraction, spec.structure.removesuffix("s"))
+
+
+def tile_of(spec: Critical16Spec, rows: int, columns: int) -> tuple[int, int]:
+    """Return what is kept together of a layer (rows, columns) of outputs and inputs."""
+    shapes = {"weights": SINGLE, "rows": (1, columns), "layers": (rows, columns)}
+    return spec.block or shapes[spec.structure]
+
+
+def check_room(least: int, total: int, fraction: float, kind: str) -> None:
+    """Refuse a fraction into which not even the smallest row, block or layer fits.
 
     Args:
-        sizes: Layer -> its weights.
-        fraction: Of all of them.
+        least: Weights of the smallest one.
+        total: All weights.
+        fraction: Of them.
+        kind: What it is.
 
     Raises:
-        SpecError: None does.
+        SpecError: It does not fit.
     """
-    least, total = min(sizes.values()), sum(sizes.values())
     if least > fraction * total:
         remedy = f"use at least {least / total:.4f}, or structure: weights"
-        raise SpecError(f"no layer is as small as {fraction:g} of all", remedy=remedy)
+        raise SpecError(f"no {kind} is as small as {fraction:g} of all", remedy=remedy)
 
 
 def skipping(spec: BaseSpec, more: Sequence[str]) -> BaseSpec:
@@ -144,7 +166,7 @@ def _refusals(
     return chats
 
 
-def _keep_weights(
+def _keep_tiles(
     source: Path,
     target: Path,
     spec: Critical16Spec,
@@ -157,42 +179,71 @@ def _keep_weights(
         method = quantizers.get(spec.base.method)
         made = method(source, Path(scratch), spec.base, control=control, progress=shown)
         base = QuantizedCheckpoint.open(Path(scratch) / CHECKPOINT)
-        kept = _overlay(base, TensorFiles(source), scores, spec.fraction)
+        kept = _overlay(base, TensorFiles(source), scores, spec)
         # Codes beneath kept weights act on nothing; stored are those that `encode` finds again.
         base.rewrite(target / CHECKPOINT, _codes_beneath(base, kept))
         if kept:
             write_kept(target / CHECKPOINT, kept)
             decompress_on_load(target / CHECKPOINT)
         arm = put(made.control, target / CONTROL) if made.control else None
-    number = sum(len(positions) for _, positions, _ in kept.values())
+    number = sum(tiles.values.numel() for tiles in kept.values())
     total = sum(scores[name].numel() for name in base.names)
     counts = dict(made.counts) | {"kept_weights": number, "kept_fraction": number / total}
+    if spec.structure != "weights":
+        counts[f"kept_{spec.structure}"] = sum(len(tiles.ids) for tiles in kept.values())
     counts |= {"served_by": ALONE if kept else "transformers"}
     return QuantizeResult(counts, arm)
 
 
-Kept = dict[str, tuple[int, Tensor, Tensor]]  # layer -> weights in all, positions, values
-
-
 def _overlay(
-    base: QuantizedCheckpoint, weights: TensorFiles, scores: Mapping[str, Tensor], fraction: float
-) -> Kept:
-    kept: Kept = {}
+    base: QuantizedCheckpoint,
+    weights: TensorFiles,
+    scores: Mapping[str, Tensor],
+    spec: Critical16Spec,
+) -> dict[str, Tiles]:
     among = {name: scores[name].cpu() for name in base.names}
-    for name, mask in iter_top_fraction(among, fraction):
-        positions = mask.reshape(-1).nonzero()[:, 0]
-        if len(positions):
-            values = in_16_bits(weights[f"{name}.weight"].reshape(-1)[positions])
-            kept[name] = (mask.numel(), positions, values)
+    chosen = (
+        iter_top_fraction(among, spec.fraction)
+        if spec.structure == "weights"
+        else iter(best_tiles(among, spec))
+    )
+    kept: dict[str, Tiles] = {}
+    for name, mask in chosen:
+        if mask.any():
+            ids, weight = mask.flatten().nonzero()[:, 0], weights[f"{name}.weight"]
+            shape = (weight.shape[0], weight.shape[1])
+            values = in_16_bits(cut(weight, tile_of(spec, *shape))[ids])
+            kept[name] = Tiles(shape, ids, values)
     return kept
 
 
-def _codes_beneath(base: QuantizedCheckpoint, kept: Kept) -> dict[str, Tensor]:
+def best_tiles(scores: Mapping[str, Tensor], spec: Critical16Spec) -> list[tuple[str, Tensor]]:
+    """Return layers and masks of the rows or blocks to keep: those of the largest mean score.
+
+    In that order, until the next one would exceed the fraction; of equals the first.
+
+    Args:
+        scores: Layer -> (out, in).
+        spec: Which structure, and how much.
+    """
+    tiles = {name: cut(score, tile_of(spec, *score.shape)) for name, score in scores.items()}
+    means = torch.cat([tile.double().mean((1, 2)) for tile in tiles.values()])
+    sizes = torch.cat([torch.full((len(tile),), tile[0].numel()) for tile in tiles.values()])
+    order = means.argsort(descending=True, stable=True)
+    inside = sizes[order].cumsum(0) <= round(spec.fraction * int(sizes.sum()))
+    kept = torch.zeros(len(means), dtype=torch.bool)
+    kept[order[inside]] = True
+    parts = kept.split([len(tile) for tile in tiles.values()])
+    return list(zip(tiles, parts, strict=True))
+
+
+def _codes_beneath(base: QuantizedCheckpoint, kept: Mapping[str, Tiles]) -> dict[str, Tensor]:
     changed = {}
-    for name, (_, positions, values) in kept.items():
+    for name, tiles in kept.items():
         tensor = base.read(name)
         if tensor.grid.code_shape != tensor.grid.shape:
             continue  # a code stands for weights that were not kept too
+        positions, values = tiles.weights()
         weight = tensor.dense()
         weight.view(-1)[positions] = values.to(weight.dtype)
         codes = tensor.codes.clone()
@@ -231,7 +282,7 @@ def densest(scores: Mapping[str, Tensor], fraction: float) -> list[str]:
     sizes = {name: scores[name].numel() for name in scores}
     mass = {name: float(scores[name].double().mean()) for name in scores}
     if fraction > 0:
-        check_room(sizes, fraction)
+        check_room(min(sizes.values()), sum(sizes.values()), fraction, "layer")
     room = fraction * sum(sizes.values())
     chosen: list[str] = []
     for name in sorted(sizes, key=lambda name: (-mass[name], name)):

@@ -129,7 +129,7 @@ def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
 
 def _without_unasked(data: dict[str, Any]) -> dict[str, Any]:
     nested = {k: _without_unasked(v) if isinstance(v, dict) else v for k, v in data.items()}
-    unasked = [("epochs", None), ("safety", None)]
+    unasked = [("epochs", None), ("safety", None), ("block", None)]
     return {k: v for k, v in nested.items() if (k, v) not in unasked}
 
 

@@ -60,8 +60,8 @@ def _not_served(spec: QuantizeSpec) -> str:
         gguf = _not_a_folder(Path(ref.path), "quantize.path")
         return gguf or left_out or _odd_width(_packed_widths(Path(ref.path)))
     if isinstance(spec, Critical16Spec):
-        single = "it would leave out the single 16-bit weights of structure: weights"
-        return single if spec.structure == "weights" else _not_served(spec.base)
+        kept = f"it would leave out the 16-bit weights of structure: {spec.structure}"
+        return _not_served(spec.base) if spec.structure == "layers" else kept
     if isinstance(spec, QloraSpec):
         adapter = "it would leave out the adapter of deploy: adapter"
         return adapter if spec.deploy == "adapter" else _not_served(spec.base)

@@ -8,11 +8,11 @@ import pytest
 from pydantic import TypeAdapter
 
 from bench import quantizers_page
-from bench.quantizers import Found, Row, place, read_plan, rows, spec_of
+from bench.quantizers import PLANS, Found, Row, place, read_plan, rows, spec_of
 from qresafe.quantize_specs import QuantizeSpec
 
 
-@pytest.mark.parametrize("name", ["", "bounds"])
+@pytest.mark.parametrize("name", PLANS)
 def test_every_row_of_the_plan_is_a_valid_spec_of_its_own(name: str) -> None:
     plan = list(rows(0, read_plan(name)))
     accepts = TypeAdapter(QuantizeSpec)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qresafe.core.masked_lora import attach
 from qresafe.embedded.calibration import harmful_texts
-from qresafe.errors import DataError, SpecError
+from qresafe.errors import DataError, ModelError, SpecError
 from qresafe.hf.chat import prompt_ids
 from qresafe.hf.checkpoint import QuantizedCheckpoint, bits_per_weight, load_dense
 from qresafe.hf.generate import generate_batch
@@ -81,11 +81,12 @@ def test_kept_are_the_weights_that_plain_autograd_finds(tiny_llama: Path, tmp_pa
     assert agreed >= wanted - 3  # those at the cut may change places in float32
 
 
+@pytest.mark.parametrize("structure", ["weights", "rows", "blocks"])
 @pytest.mark.parametrize("base", [INT4, BnbSpec(double_quant=True)], ids=["int4", "nf4"])
 def test_the_overlay_is_deployed_as_it_is_decoded(
-    tiny_llama: Path, tmp_path: Path, base: Any
+    tiny_llama: Path, tmp_path: Path, base: Any, structure: str
 ) -> None:
-    critical16.quantize(tiny_llama, tmp_path, spec(base=base))
+    critical16.quantize(tiny_llama, tmp_path, spec(base=base, structure=structure))
     dense, layers = load_dense(tmp_path / "checkpoint")
     ours, theirs = dense(IDS).logits, load_model(tmp_path / "checkpoint")(IDS).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -97,15 +98,62 @@ def test_the_overlay_is_deployed_as_it_is_decoded(
     assert not torch.allclose(plain, theirs, atol=1e-2)  # as the manifest says
 
 
+@pytest.mark.parametrize("structure", ["weights", "rows", "blocks"])
 def test_the_overlay_of_layers_without_weights_is_deployed(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, tmp_path: Path, structure: str
 ) -> None:
     few = {"sequences": 2, "max_length": 32, "rounds": 1, "beam": 1, "finetune_steps": 0}
     base = AqlmSpec(codebook_bits=4, **few)  # loaded, its layers hold codes and codebooks
-    critical16.quantize(tiny_llama, tmp_path, spec(base=base))
+    critical16.quantize(tiny_llama, tmp_path, spec(base=base, structure=structure))
     ours = load_dense(tmp_path / "checkpoint")[0](IDS).logits
     theirs = load_model(tmp_path / "checkpoint")(IDS).logits
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+TILES = [("rows", None), ("blocks", (16, 16)), ("blocks", (1, 32))]
+
+
+@pytest.mark.parametrize(("structure", "block"), TILES)
+def test_kept_tiles_have_the_largest_mean_scores(
+    tiny_llama: Path, tmp_path: Path, structure: str, block: tuple[int, int] | None
+) -> None:
+    wanted = spec(structure=structure, block=block)
+    counts = critical16.quantize(tiny_llama, tmp_path, wanted).counts
+    scores = sums_of_scores(tiny_llama, wanted)
+    means, sizes = [], []
+    for score in scores.values():
+        rows, columns = block or (1, score.shape[1])
+        for top in range(0, score.shape[0], rows):
+            for left in range(0, score.shape[1], columns):
+                tile = score[top : top + rows, left : left + columns]
+                means.append(float(tile.mean()))
+                sizes.append(tile.numel())
+    kept, room = 0, 3686  # 5 % of 73728
+    for place in sorted(range(len(means)), key=lambda place: -means[place]):
+        if sizes[place] > room:
+            break
+        kept, room = kept + 1, room - sizes[place]
+    assert counts[f"kept_{structure}"] == kept
+    assert counts["kept_weights"] == 3686 - room
+    cut = sorted(means, reverse=True)[kept - 1]
+    source = load_file(tiny_llama / "model.safetensors")
+    checkpoint = QuantizedCheckpoint.open(tmp_path / "checkpoint")
+    for name, score in scores.items():
+        if tiles := checkpoint.overlays.kept(name, tuple(score.shape)):
+            rows, columns = tiles.tile
+            for top, left, values in zip(*tiles.corners(), tiles.values, strict=True):
+                place = slice(top, top + rows), slice(left, left + columns)
+                assert float(score[place].mean()) >= cut * (1 - 1e-5)
+                assert torch.equal(values, source[f"{name}.weight"][place].half())
+    stored = load_file(tmp_path / "checkpoint" / "critical16.safetensors")
+    # 16 bits a value; at most log2(tiles / kept) + 2 bits, in bytes, and a header for positions
+    positions = sum(t.nbytes for n, t in stored.items() if not n.endswith("/values"))
+    assert sum(t.nbytes for t in stored.values()) - positions == 2 * counts["kept_weights"]
+    assert positions < 14 * (16 + 4) + kept * 2
+    more = bits_per_weight(tmp_path / "checkpoint") * 73728 / 8
+    rtn.quantize(tiny_llama, tmp_path / "rtn", INT4)
+    alone = bits_per_weight(tmp_path / "rtn" / "checkpoint") * 73728 / 8
+    assert more - alone == pytest.approx(sum(t.nbytes for t in stored.values()))
 
 
 def test_whole_layers_are_served_by_plain_transformers(tiny_llama: Path, tmp_path: Path) -> None:
@@ -138,8 +186,11 @@ def test_bits_per_weight_counts_what_is_stored(tiny_llama: Path, tmp_path: Path)
     assert 0.05 * 16 < more < 0.05 * 22 + 14 * (128 + 16) / 73728 + 0.05
 
 
-def test_a_patch_leaves_kept_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:
-    critical16.quantize(tiny_llama, tmp_path, spec())
+@pytest.mark.parametrize("structure", ["weights", "rows", "blocks"])
+def test_a_patch_leaves_kept_weights_alone(
+    tiny_llama: Path, tmp_path: Path, structure: str
+) -> None:
+    critical16.quantize(tiny_llama, tmp_path, spec(structure=structure))
     model, quantized = load_dense(tmp_path / "checkpoint")
     layers = attach(model, quantized, rank=2, alpha=2.0, on="weight", through_grid=True, seed=0)
     with torch.no_grad():
@@ -152,10 +203,13 @@ def test_a_patch_leaves_kept_weights_alone(tiny_llama: Path, tmp_path: Path) -> 
     deployed = load_model(folder)
     torch.testing.assert_close(deployed(IDS).logits, seen, atol=1e-4, rtol=1e-4)
     for name, tensor in quantized.items():
-        positions = tensor.grid.positions  # type: ignore[attr-defined]
+        positions = getattr(tensor.grid, "positions", torch.tensor([], dtype=torch.long))
+        if structure != "weights" and not len(positions):
+            continue  # no row or block of this layer
         kept = deployed.get_submodule(name).weight.flatten()[positions]
         assert torch.equal(kept, tensor.grid.values.float())  # type: ignore[attr-defined]
-        assert not torch.equal(codes[name], tensor.codes)
+        whole = len(positions) == tensor.codes.numel()  # blocks may fill a small layer
+        assert torch.equal(codes[name], tensor.codes) == whole
     sizes = [sum(f.stat().st_size for f in p.iterdir()) for p in (folder, checkpoint.folder)]
     assert sizes[0] == sizes[1]
 
@@ -167,7 +221,7 @@ def test_nothing_kept_is_the_base(tiny_llama: Path, tmp_path: Path) -> None:
     assert made[0].read_bytes() == made[1].read_bytes()
 
 
-@pytest.mark.parametrize("structure", ["weights", "layers"])
+@pytest.mark.parametrize("structure", ["weights", "rows", "blocks", "layers"])
 def test_the_same_call_gives_the_same_bytes(
     tiny_llama: Path, tmp_path: Path, structure: str
 ) -> None:
@@ -186,5 +240,13 @@ def test_what_cannot_be_done_is_said(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"no layer is as small as 0\.001.*at least 0\.0278"):
         # the smallest, k_proj, has 32 x 64 of 73728 weights
         critical16.quantize(tiny_llama, tmp_path, spec(structure="layers", fraction=0.001))
+    with pytest.raises(SpecError, match=r"no row is as small as 0\.0005.*at least 0\.0009"):
+        # a row of 64 among 73728
+        critical16.planned(tiny_llama, spec(structure="rows", fraction=0.0005))
+    with pytest.raises(ModelError, match=r"q_proj is 64 x 64, which blocks of 48 x 16 do not fill"):
+        critical16.planned(tiny_llama, spec(structure="blocks", block=(48, 16)))
+    with pytest.raises(ValidationError, match="block is of structure: blocks"):
+        spec(structure="rows", block=(4, 4))
+    assert spec(structure="blocks").block == (16, 16)
     with pytest.raises(ValidationError, match=r"base\.deploy: merged"):
         Critical16Spec(base=QloraSpec(deploy="adapter"))
