@@ -70,6 +70,7 @@ class Found:
         arms: Arm -> measure -> [yes, n], of the arms that the row has.
         sizes: checkpoint_bytes and bits_per_weight of Q0.
         codes_changed: Fraction of the codes that the patch changed.
+        scales_changed: Fraction of the scales, where they were trained.
         quantize_seconds: Of the quantize stage, its control included.
         peak_mb: The most memory of the process until Q0 was there, libraries included.
         patch_seconds: Of training the patch, on one thread.
@@ -80,6 +81,7 @@ class Found:
     arms: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     sizes: dict[str, float] = field(default_factory=dict)
     codes_changed: float | None = None
+    scales_changed: float | None = None
     quantize_seconds: float | None = None
     peak_mb: float | None = None
     patch_seconds: float | None = None
@@ -90,7 +92,7 @@ def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--plan", default="", choices=["", "bounds"], help="which rows")
+    parser.add_argument("--plan", default="", choices=["", "bounds", "low"], help="which rows")
     parser.add_argument("--only", help="the beginning of a label")
     parser.add_argument("--storage", default=".bench/quantizers")
     parser.add_argument("--processes", type=int, default=2)
@@ -203,9 +205,12 @@ def measured(row: Row, storage: str) -> Found:
     patched: dict[str, Any] = {}
     if share(arms["Q0"]) - share(arms["W"]) >= LOSS:
         arms["Q"] = shares(experiment, "Q")
-        changed = experiment.exported.manifest.counts["fraction_changed"]
-        seconds = experiment.patched.manifest.counts["seconds"]
-        patched = {"codes_changed": changed, "patch_seconds": seconds}
+        trained = experiment.patched.manifest.counts
+        patched = {
+            "codes_changed": experiment.exported.manifest.counts["fraction_changed"],
+            "scales_changed": trained.get("scales_changed"),
+            "patch_seconds": trained["seconds"],
+        }
     return Found(
         row=row,
         arms=arms,
