@@ -48,5 +48,5 @@ def overlaps(patch: Path, other: Path) -> tuple[float, float] | None:
 
 def changes_of(file: Path) -> dict[str, tuple[int, np.ndarray]]:
     """Return layer -> how many codes it has, and the sorted positions of those that change."""
-    _, changes = qpatch.read(file)
+    changes = qpatch.read(file)[1].codes
     return {name: (change.size, change.positions.numpy()) for name, change in changes.items()}

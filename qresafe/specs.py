@@ -207,7 +207,7 @@ class FlipsSpec(Spec):
 class PatchSpec(Spec):
     """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"start"})
+    LATER: ClassVar[frozenset[str]] = frozenset({"start", "trains", "scale_lr"})
     # flips: single codes, without an adapter; of what is below it reads objective, flips,
     # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
     # objective, mask or grid.
@@ -218,9 +218,12 @@ class PatchSpec(Spec):
     through_grid: bool = True  # straight-through rounding in the forward pass
     # latent: from the weights that Q0's were rounded from, where quantize.keep_latent has them
     start: Literal["checkpoint", "latent"] = "checkpoint"
+    # scales: the grid's scales alone, no code, no mask and no factors; both: codes and scales
+    trains: Literal["codes", "scales", "both"] = "codes"
     rank: AtLeastOne = 16
     alpha: Positive = 32.0
     lr: Positive = 5e-4
+    scale_lr: Positive = 5e-3  # of a scale's relative change; warmed up and changed as lr is
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0
@@ -237,6 +240,14 @@ class PatchSpec(Spec):
     def _of_our_method(self) -> PatchSpec:
         if self.start == "latent" and self.method != "masked_lora":
             raise ValueError("start: latent is of method masked_lora; set start to checkpoint")
+        if self.trains != "codes" and self.method != "masked_lora":
+            raise ValueError("scales are trained by method masked_lora; set trains to codes")
+        if self.trains != "codes" and not self.through_grid:
+            raise ValueError("scales are trained through the grid; set through_grid to true")
+        if self.trains == "scales" and self.start == "latent":
+            raise ValueError(
+                "scales alone move no code; set start to checkpoint, or trains to both"
+            )
         return self
 
 
@@ -311,5 +322,6 @@ class ExperimentSpec(Spec):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether a patch before rounding is measured too: flips are on the grid throughout."""
-        return self.evaluate.adapter and self.patch.method != "flips"
+        """Whether a patch before rounding is measured too: not if it is on a grid throughout."""
+        on_grid = self.patch.method == "flips" or self.patch.trains == "scales"
+        return self.evaluate.adapter and not on_grid

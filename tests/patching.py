@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from upath import UPath
 from qresafe import records
 from qresafe.artifacts import Artifact, Run
 from qresafe.core.grids import QuantizedTensor, fit_uniform
+from qresafe.core.scales import rescaled, scale_of
+from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.specs import PatchSpec
 from qresafe.stages.patch_data import Pool
 from qresafe.stages.patch_loop import PatchInputs
@@ -161,3 +164,16 @@ def made_pairs(run: Run, preferences: int = 4) -> Artifact:
         return {}
 
     return run.stage("pairs", spec={"n": preferences}, inputs={}, code_version=1, work=work)
+
+
+def move_codes_and_scales(q0: QuantizedCheckpoint, target: Path) -> Path:
+    """Rewrite every other layer of a checkpoint: a few codes, and all scales by a few per cent."""
+    codes, scales = {}, {}
+    draw = torch.Generator().manual_seed(0)
+    for name in q0.names[::2]:
+        tensor = q0.read(name)
+        change = torch.randn(scale_of(tensor.grid).shape, generator=draw) * 0.05
+        scales[name] = scale_of(rescaled(tensor.grid, change))
+        codes[name] = tensor.codes.clone()
+        codes[name].view(-1)[::50] = codes[name].view(-1)[1]
+    return q0.rewrite(target, codes, scales=scales)

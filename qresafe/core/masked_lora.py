@@ -20,40 +20,32 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qresafe.core.blocks import keyed_generator, row_blocks
+from qresafe.core.blocks import keyed_generator
 from qresafe.core.grids import QuantizedTensor
-from qresafe.core.latent import latent_offset
+from qresafe.core.patched import Factors, PatchedLinear, ScaledLinear
 from qresafe.errors import ModelError, nearest
 
+Layer = TypeVar("Layer", bound=PatchedLinear)
 Masks = tuple[Tensor, ...]  # (M,) of "weight"; (M_A over inputs, M_B over outputs) of "factors"
 
 
-class MaskedLoraLinear(nn.Module, ABC):
+class MaskedLoraLinear(PatchedLinear, ABC):
     """A frozen quantized linear layer with a trainable, masked low-rank change.
 
     Args:
         quantized: Q0's grid and codes, (out, in).
         rank: r of the factors.
         alpha: The change is scaled by alpha / rank.
-        through_grid: Round in the forward pass, with a straight-through gradient.
         seed: Of A's start values, together with `name`; B starts at 0, so Q starts at Q0.
         name: The layer's name in the model.
-        bias: Of the linear layer that this replaces.
-        dtype: Of the de-quantized weight and of the layer's output.
-        latent: The weight from before it was rounded, (out, in), to start from; None: from Q0's.
-
-    Raises:
-        ModelError: `latent` does not round to Q0's codes.
+        options: Of `PatchedLinear`.
     """
-
-    weight: Tensor
-    codes0: Tensor
 
     def __init__(
         self,
@@ -61,27 +53,15 @@ class MaskedLoraLinear(nn.Module, ABC):
         *,
         rank: int,
         alpha: float,
-        through_grid: bool,
         seed: int = 0,
         name: str = "",
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        latent: Tensor | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        start = quantized.dense() if latent is None else latent
-        device = start.device
-        self.out_features, self.in_features = self.shape = quantized.grid.shape
-        self.rank, self.scaling, self.through_grid = rank, alpha / rank, through_grid
-        self.grid = quantized.grid
-        self.register_buffer("codes0", quantized.codes)
-        self.offset = None
-        if latent is not None:
-            self.offset = latent_offset(quantized, latent, f"layer {name!r}")
-        self.weight = nn.Parameter(start.to(dtype), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        drawn = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
-        self.A = nn.Parameter((drawn / math.sqrt(self.in_features)).to(device))
+        super().__init__(quantized, name=name, **options)
+        device = self.weight.device
+        self.rank, self.scaling = rank, alpha / rank
+        start = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
+        self.A = nn.Parameter((start / math.sqrt(self.in_features)).to(device))
         self.B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
 
     @property
@@ -94,47 +74,17 @@ class MaskedLoraLinear(nn.Module, ABC):
         """Start to use new masks of the same shapes; what may move changes from here on."""
 
     @abstractmethod
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """The factors (rank, in), (out, rank) as they act."""
+    def _factors(self) -> Factors: ...
 
-    @property
-    @abstractmethod
-    def _weight_mask(self) -> Tensor | None:
-        """The mask (out, in) of the product, if there is one."""
-
-    def effective_weight(self) -> Tensor:
-        """Return Q (through the grid) or start + change (out, in), differentiable in A and B."""
-        formed: Tensor = _FormedWeight.apply(*self._factors(), self)
-        return formed
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """Return how far the unrounded weight is from Q0's, (out, in), float32.
-
-        That is M * (B A) alpha/rank, and with a latent start its offset more.
-        """
-        A, B = self._factors()
-        change = _masked_product(A, B, self._weight_mask, self.scaling)
-        return change if self.offset is None else change.add_(self.offset)
-
-    @torch.no_grad()
-    def codes(self) -> Tensor:
-        """Return the int8 codes of snap(Q0 + delta), (out, in): what the export writes."""
-        return self.grid.move(self.codes0, self.delta())
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.effective_weight(), self.bias)
+    def _product(self, factors: Factors, rows: slice) -> Tensor:
+        A, B = factors
+        mask = self._weight_mask
+        change = (B[rows] * self.scaling) @ A
+        change = change.to(torch.promote_types(change.dtype, torch.float32))
+        return change if mask is None else change.mul_(mask[rows])
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MaskedLoraLinear:
-        # Grid and offset are no buffers, because `model.bfloat16()` must not round them.
-        super()._apply(fn, recurse)
-        self.grid = self.grid.to(device=self.codes0.device)
-        if self.offset is not None:
-            self.offset = self.offset.to(self.codes0.device)
-        return self
 
 
 class WeightMaskedLinear(MaskedLoraLinear):
@@ -156,7 +106,7 @@ class WeightMaskedLinear(MaskedLoraLinear):
         (mask,) = masks
         self.mask.copy_(mask)
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def _factors(self) -> Factors:
         return self.A, self.B
 
     @property
@@ -201,17 +151,13 @@ class FactorMaskedLinear(MaskedLoraLinear):
         for mine, mask in zip(self.masks, masks, strict=True):
             mine.copy_(mask)
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def _factors(self) -> Factors:
         inside_A = self.A_anchor + (self.A - self.A_ref)
         inside_B = self.B_anchor + (self.B - self.B_ref)
         return (
             torch.where(self.mask_in, inside_A, self.A_anchor),
             torch.where(self.mask_out[:, None], inside_B, self.B_anchor),
         )
-
-    @property
-    def _weight_mask(self) -> Tensor | None:
-        return None
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.through_grid:
@@ -238,8 +184,9 @@ def attach(
     through_grid: bool,
     seed: int,
     latents: Mapping[str, Tensor] | None = None,
+    scale_rate: float | None = None,
 ) -> dict[str, MaskedLoraLinear]:
-    """Replace the named linear layers by patched ones, and freeze everything but A and B.
+    """Replace the named linear layers by patched ones, and freeze all but what they train.
 
     Args:
         model: Q0 with de-quantized weights in plain `nn.Linear` modules; changed in place.
@@ -251,32 +198,53 @@ def attach(
         seed: Of A's start values; they depend on it and on the layer's name alone.
         latents: Module name -> its weight from before it was rounded, to start from; may read it
             on access.
+        scale_rate: Train the scales too, see `PatchedLinear`; None: they stay.
 
     Returns:
         Module name -> its patched layer, in the order of `quantized`.
 
     Raises:
-        ModelError: A name is not a linear layer of the model, or has another shape, or its latent
-            weight does not round to its codes.
+        ModelError: A name is not a linear layer of the model, or has another shape; its latent
+            weight does not round to its codes, or its grid has no scales to train.
     """
+
+    def make(name: str, tensor: QuantizedTensor, **shared: Any) -> MaskedLoraLinear:
+        latent = latents[name] if latents is not None else None
+        shared |= {"name": name, "latent": latent, "scale_rate": scale_rate}
+        own = {"rank": rank, "alpha": alpha, "seed": seed}
+        return KINDS[on](tensor, through_grid=through_grid, **shared | own)
+
+    return _replace(model, quantized, make)
+
+
+def attach_scales(
+    model: nn.Module, quantized: Mapping[str, QuantizedTensor], scale_rate: float
+) -> dict[str, ScaledLinear]:
+    """Replace the named linear layers by ones that train their scales alone; see `attach`.
+
+    Raises:
+        ModelError: A name is not a linear layer of the model, or has another shape, or its grid
+            has no scales to train.
+    """
+
+    def make(name: str, tensor: QuantizedTensor, **shared: Any) -> ScaledLinear:
+        return ScaledLinear(tensor, name=name, scale_rate=scale_rate, **shared)
+
+    return _replace(model, quantized, make)
+
+
+def _replace(
+    model: nn.Module, quantized: Mapping[str, QuantizedTensor], make: Callable[..., Layer]
+) -> dict[str, Layer]:
     modules = dict(model.named_modules())
     for name, tensor in quantized.items():
         _check(name, tensor, modules)
     model.requires_grad_(False)
-    layers: dict[str, MaskedLoraLinear] = {}
+    layers: dict[str, Layer] = {}
     for name, tensor in quantized.items():
         linear = modules[name]
-        layers[name] = KINDS[on](
-            tensor,
-            rank=rank,
-            alpha=alpha,
-            through_grid=through_grid,
-            seed=seed,
-            name=name,
-            bias=linear.bias,
-            dtype=linear.weight.dtype,
-            latent=latents[name] if latents is not None else None,
-        ).to(linear.weight.device)
+        made = make(name, tensor, bias=linear.bias, dtype=linear.weight.dtype)
+        layers[name] = made.to(linear.weight.device)
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, layers[name])
     return layers
@@ -293,45 +261,3 @@ def _check(name: str, tensor: QuantizedTensor, modules: Mapping[str, nn.Module])
         shapes = f"a {tensor.grid.shape} grid for a {tuple(linear.weight.shape)} weight"
         remedy = "use the quantized checkpoint of this very model"
         raise ModelError(shapes, where=f"layer {name!r}", remedy=remedy)
-
-
-def _masked_product(A: Tensor, B: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Return mask * (B A) scaling in at least float32, (out, in)."""
-    change = (B * scaling) @ A
-    change = change.to(torch.promote_types(change.dtype, torch.float32))
-    return change if mask is None else change.mul_(mask)
-
-
-class _FormedWeight(torch.autograd.Function):
-    """start + M * (B A) scaling, rounded or not, formed in cache-sized blocks of rows."""
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, layer: MaskedLoraLinear) -> Tensor:
-        mask = layer._weight_mask
-        ctx.save_for_backward(A, B, mask)
-        ctx.scaling = layer.scaling
-        formed = torch.empty_like(layer.weight)
-        grid = layer.grid
-        for rows in row_blocks(*layer.shape, formed.device, grid.row_step):
-            part = None if mask is None else mask[rows]
-            change = _masked_product(A, B[rows], part, layer.scaling)
-            if layer.through_grid:
-                if layer.offset is not None:
-                    change.add_(layer.offset[rows])
-                grid.rows(rows).snap_moved_(layer.codes0[rows], change)
-            else:
-                change.add_(layer.weight[rows])
-            formed[rows] = change
-        return formed
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        A, B, mask = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
-        for rows in row_blocks(B.shape[0], A.shape[1], gradient.device):
-            part = gradient[rows].to(A.dtype)
-            part = part if mask is None else part * mask[rows]
-            grad_B[rows] = part @ A.T
-            grad_A.addmm_(B[rows].T, part)
-        return grad_A.mul_(ctx.scaling), grad_B.mul_(ctx.scaling), None

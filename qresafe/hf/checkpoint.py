@@ -1,7 +1,7 @@
 """Quantized checkpoints as they lie on disk: codes read exactly, and rewritten in place.
 
-A patched model is a copy of Q0 in which only the bytes of code tensors differ: same format, same
-size, and loaded by the same software, by construction.
+A patched model is a copy of Q0 in which only the bytes of code tensors differ, and of scales where
+they were trained: same format, same size, and loaded by the same software, by construction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from upath import UPath
 from qresafe.core.grids import QuantizedTensor
 from qresafe.errors import ModelError
 from qresafe.hf.conv1d import conv1d_layers, straighten
-from qresafe.hf.formats.base import Codec
+from qresafe.hf.formats.base import Codec, ScaleCodec
 from qresafe.hf.gguf_folder import gguf_file
 from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
 from qresafe.hf.overlaid import Overlays
@@ -129,8 +129,9 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         target: str | Path,
         codes: Mapping[str, Tensor],
         check: Callable[[Path], None] | None = None,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> Path:
-        """Copy the checkpoint byte for byte, but with new codes in some layers.
+        """Copy the checkpoint byte for byte, but with new codes, and scales, in some layers.
 
         Layers are read, packed and written one at a time. `target` appears whole or not at all.
 
@@ -138,9 +139,11 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
             target: Local folder to make; one that exists is replaced.
             codes: Layer name -> integer codes (out, in) within the layer's range.
             check: Called with the finished folder before it takes its name; may raise.
+            scales: Layer name -> scales as its grid has them, type and shape.
 
         Raises:
-            ModelError: An unknown layer, a wrong shape, or a code out of range.
+            ModelError: An unknown layer, a wrong shape, a code out of range, a scale that is not
+                finite, or a format that stores no plain scales.
         """
         target = Path(target)
         with built_aside(target) as copy:
@@ -151,9 +154,46 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
                 self._check_codes(name, changed)
                 tensor, packed = self.codec.pack(name, changed)
                 self.files.overwrite(copy, tensor, packed)
+            for name, scale in (scales or {}).items():
+                self.files.overwrite(copy, *self.pack_scale(name, scale))
             if check is not None:
                 check(copy)
         return target
+
+    def require_scales(self) -> None:
+        """Refuse a checkpoint whose scales a patch cannot change.
+
+        Raises:
+            ModelError: The format does not store them as they are, or an adapter or 16-bit weights
+                lie above the codes.
+        """
+        self._scale_codec()
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether a patch can change the scales."""
+        above = any(self.overlays.nbytes(name) for name in self.names)
+        return isinstance(self.codec, ScaleCodec) and not above
+
+    def pack_scale(self, name: str, scale: Tensor) -> tuple[str, Tensor]:
+        """Return (name, value) of the stored tensor that holds a layer's scales.
+
+        Raises:
+            ModelError: As `require_scales`, or a scale is not finite.
+        """
+        codec = self._scale_codec()
+        self.read(name)  # refuses an unknown layer
+        if not torch.isfinite(scale).all():
+            raise ModelError(f"a scale of {name} is not finite", where=str(self.folder))
+        return codec.pack_scale(name, scale)
+
+    def _scale_codec(self) -> ScaleCodec:
+        if isinstance(self.codec, ScaleCodec) and self.has_scales:
+            return self.codec
+        why = "lie under an adapter or 16-bit weights"
+        why = why if isinstance(self.codec, ScaleCodec) else "are not stored as they are"
+        what = f"the scales of these {self.codec.name} weights {why}"
+        raise ModelError(what, where=str(self.folder), remedy="set patch.trains to codes")
 
     def _check_codes(self, name: str, codes: Tensor) -> None:
         grid = self.read(name).grid

@@ -68,6 +68,7 @@ class Patching:
         world_size: Processes that train together.
         device: "cpu" forms weights in small blocks, "gpu" in large ones.
         latent: Whether it starts from latent weights, of which the offsets are held.
+        trains: What it trains.
     """
 
     rank: int
@@ -82,6 +83,7 @@ class Patching:
     world_size: int = 1
     device: Literal["cpu", "gpu"] = "gpu"
     latent: bool = False
+    trains: Literal["codes", "scales", "both"] = "codes"
 
     @property
     def forms(self) -> bool:
@@ -99,7 +101,7 @@ def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Par
         scoring: One of SNIP's.
     """
     held = _held(shape, how)
-    factors = 4.0 * shape.factors(how.rank)
+    factors = 4.0 * _trained(shape, how)
     sharded = factors / how.world_size
     moments = 2 * (sharded if how.zero_stage else factors)
     gradients = sharded if how.zero_stage >= 2 else factors
@@ -113,14 +115,22 @@ def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Par
     return _peak(phases)
 
 
+def _trained(shape: ModelShape, how: Patching) -> float:
+    """Return how many numbers the optimizer moves."""
+    factors = 0 if how.trains == "scales" else shape.factors(how.rank)
+    scales = 0.0 if how.trains == "codes" else shape.quantized / how.group_size
+    return factors + scales
+
+
 def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     """Return what lies there from beginning to end."""
-    factors, shards = 4.0 * shape.factors(how.rank), how.world_size if how.zero_stage == 3 else 1
+    factors, shards = 4.0 * _trained(shape, how), how.world_size if how.zero_stage == 3 else 1
     weights = shape.bytes * shape.parameters / shards
     gathered = shape.bytes * shape.quantized / shape.blocks if shards > 1 else 0
     scales = shape.quantized / how.group_size * (shape.bytes + 1)
     ends = sum(rows + columns for rows, columns in shape.linears)
     masks = shape.quantized if how.on == "weight" else ends + 4 * factors
+    masks = 0 if how.trains == "scales" else masks
     masters = factors / how.world_size if how.zero_stage else 0  # DeepSpeed's flat copies
     found = {
         WEIGHTS: weights + gathered,

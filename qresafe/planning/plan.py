@@ -245,7 +245,8 @@ class _Planner:
 
     def _compares(self) -> bool:
         spec = self.spec.patch
-        scores = spec.mask.score == "snip" and spec.mask.loss == "dpo"
+        masked = spec.mask.score == "snip" and spec.trains != "scales"
+        scores = masked and spec.mask.loss == "dpo"
         return spec.method != "sft" and (spec.objective.dpo > 0 or scores)
 
     def _reference(self) -> StagePlan:
@@ -276,7 +277,9 @@ class _Planner:
         parts = memory.patch(shape, how, batch, scoring)
         steps = steps_of(spec, self.rows.pool)
         flops = steps * spec.batch_size * sequences * columns * self._flops_per_token()
-        forming = 6.0 * spec.rank * shape.quantized if how.forms else 0.0
+        forming = (
+            6.0 * spec.rank * shape.quantized if how.forms and spec.trains != "scales" else 0.0
+        )
         micros = math.ceil(spec.batch_size / self.workers / micro)
         flops += steps * micros * self.workers * forming
         renewals = 1 + (steps // spec.mask.remask_every if spec.mask.remask_every else 0)
@@ -329,11 +332,12 @@ def patching(
         group_size=group_size,
         accumulates=spec.batch_size > spec.micro_batch_size * workers,
         remasks=spec.mask.remask_every > 0,
-        snip=spec.mask.score == "snip" and not plain,
+        snip=spec.mask.score == "snip" and not plain and spec.trains != "scales",
         zero_stage=spec.zero_stage if distributed else 0,
         world_size=workers,
         device=device,
         latent=spec.start == "latent",
+        trains=spec.trains,
     )
 
 

@@ -21,7 +21,7 @@ class Entry(BaseModel):
         format: Of the checkpoint.
         loads: What runs such checkpoints, by their own documentation.
         calibration: What it does with a calibration set.
-        patch: "yes", or why not.
+        patch: What a patch can change, or why nothing.
         ran: The hardware on which it really ran, by this project's tests or benchmarks.
     """
 

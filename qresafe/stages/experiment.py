@@ -37,7 +37,8 @@ from qresafe.stages.generate import check_prompts, generate
 from qresafe.stages.harness import harness
 from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
-from qresafe.stages.patch import check_patchable, needs_reference, patch
+from qresafe.stages.patch import needs_reference, patch
+from qresafe.stages.patchable import check_patchable
 from qresafe.stages.probe import Probe
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
 from qresafe.stages.quantize import check_ready, quantize
@@ -373,11 +374,8 @@ class Experiment:
 
     def _check_teacher(self) -> None:
         teacher, patch = self.spec.pairs.teacher, self.spec.patch
-        if (
-            patch.method in ("masked_lora", "flips")
-            and patch.objective.kl > 0
-            and self.scorer is None
-        ):
+        ours = patch.method in ("masked_lora", "flips")
+        if ours and patch.objective.kl > 0 and self.scorer is None:
             what = "the kl term needs the teacher's token distributions, and this teacher has none"
             remedy = "set patch.objective={nll: 1, anchor: 1, kl: 0}, or another teacher"
             raise SpecError(what, where="pairs.teacher", remedy=remedy)

@@ -1,7 +1,7 @@
 """Stage: the trained patch becomes Q on Q0's own grid, in Q0's own files.
 
-checkpoint/   Q0's files with the changed codes rewritten in place: same format, same size
-patch.qpatch  the changed codes alone
+checkpoint/   Q0's files with the changed codes, and scales, in place: same format, same size
+patch.qpatch  what changed alone
 unrounded/    Q0 decoded plus the unrounded change, an ordinary full-precision model: what the
               patch would do without a grid
 """
@@ -40,7 +40,8 @@ def export(
     Args:
         run: Where the artefact goes.
         quantized: From the quantize stage; `checkpoint/` is Q0.
-        patched: From the patch stage: codes.safetensors and delta.safetensors.
+        patched: From the patch stage: codes.safetensors, delta.safetensors, and
+            scales.safetensors where scales were trained.
         progress: Is told of each of the three parts.
         unrounded: Also write `unrounded/`.
 
@@ -76,7 +77,9 @@ def _export(
     progress: Progress,
 ) -> dict[str, Any]:
     codes = TensorFiles(patch, [patch / "codes.safetensors"])
-    checkpoint = base.rewrite(target / "checkpoint", codes)
+    trained = (patch / "scales.safetensors").is_file()
+    scales = TensorFiles(patch, [patch / "scales.safetensors"]) if trained else None
+    checkpoint = base.rewrite(target / "checkpoint", codes, scales=scales)
     progress.advance(note="checkpoint")
     counts = qpatch.create(base.folder, checkpoint, target / "patch.qpatch", key)
     progress.advance(note="patch file")

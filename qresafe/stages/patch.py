@@ -12,14 +12,14 @@ import torch
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.errors import DataError, SpecError
+from qresafe.errors import DataError
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
-from qresafe.quantize_specs import QuantizeSpec
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
 from qresafe.stages.baseline import BaselineJob
 from qresafe.stages.patch_data import Pool
+from qresafe.stages.patchable import no_latents
 from qresafe.stages.probe import Probe
 from qresafe.stages.runtime import Runtime, read_table
 from qresafe.stages.train_engine import LocalEngine, TrainEngine
@@ -51,13 +51,15 @@ class PatchJob:
 
     def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
         """Train as one rank of `engine`; see `train_patch`."""
-        from qresafe.hf.checkpoint import load_dense
+        from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
         from qresafe.hf.writing import read_latents
         from qresafe.stages.flip_loop import flip_codes
         from qresafe.stages.patch_loop import PatchInputs, train_patch
 
         pool = self.rows()  # first: it is what a user's mistake shows in
         path = self.q0.ref.on_this_machine().path
+        if self.spec.trains != "codes":
+            QuantizedCheckpoint.open(path).require_scales()
         model, quantized = load_dense(path)
         latents = read_latents(local_folder(self.latents)) if self.latents else None
         inputs = PatchInputs(model, quantized, pool, latents)
@@ -113,8 +115,8 @@ def patch(
     """
     if reference is None and needs_reference(spec):
         raise DataError("no reference log-probs", where="patch", remedy="run the reference stage")
-    if spec.start == "latent" and latents is None:
-        raise _no_latents()
+    if spec.start == "latent" and (latents is None or not latents.exists()):
+        raise no_latents()
 
     def work(folder: UPath) -> Mapping[str, Any]:
         from qresafe.stages.patch_data import total_steps
@@ -133,9 +135,10 @@ def patch(
         # What was not a step: processes, imports, loading Q0. A resumed run did fewer steps.
         spent = time.perf_counter() - began - counts["seconds"]
         counts["startup_seconds"] = round(max(0.0, spent), 3)
-        progress.finish(
-            f"loss {counts['loss']:.4f}, {counts['codes_changed']:.2%} of codes changed"
-        )
+        changed = f"{counts['codes_changed']:.2%} of codes"
+        if "scales_changed" in counts:
+            changed += f" and {counts['scales_changed']:.2%} of scales"
+        progress.finish(f"loss {counts['loss']:.4f}, {changed} changed")
         return counts
 
     inputs = {"q0": q0.key, "pairs": pairs.key}
@@ -154,34 +157,17 @@ def key_spec(spec: PatchSpec) -> dict[str, Any]:
     left_out = {"checkpoint_every"} if spec.changes else {"checkpoint_every", "changes"}
     if spec.method != "flips":
         left_out.add("flips")
+    if spec.trains == "codes":
+        left_out.add("scale_lr")
     return spec.key_data(exclude=left_out)
-
-
-def check_patchable(spec: PatchSpec, quantize: QuantizeSpec) -> None:
-    """Find a way of patching that the quantizer does not allow, before anything runs.
-
-    Raises:
-        SpecError: Flips of codes that stand for several weights, or a start from latent weights
-            that are not kept.
-    """
-    if spec.start == "latent" and not getattr(quantize, "keep_latent", False):
-        raise _no_latents()
-    below = getattr(quantize, "base", None) or quantize
-    if spec.method == "flips" and below.method == "aqlm":
-        what = "a code of AQLM stands for several weights and has no neighbours to flip to"
-        raise SpecError(what, where="patch.method", remedy="use masked_lora")
-
-
-def _no_latents() -> SpecError:
-    remedy = "set quantize.method=llm_qat and quantize.keep_latent=true, or start to checkpoint"
-    return SpecError("no latent weights of Q0 are kept", where="patch.start", remedy=remedy)
 
 
 def needs_reference(spec: PatchSpec) -> bool:
     """Return whether a patch with this spec reads Q0's own log-probs of the answers."""
     if spec.method in BASELINES:
         return False  # TRL takes its own
-    scored = spec.method == "masked_lora" and spec.mask.score == "snip"
+    masked = spec.method == "masked_lora" and spec.trains != "scales"
+    scored = masked and spec.mask.score == "snip"
     return spec.objective.dpo > 0 or (scored and spec.mask.loss == "dpo")
 
 
@@ -206,7 +192,7 @@ def summary(folder: UPath) -> dict[str, Any]:
     lines = (folder / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     last = history[-1]
-    return {
+    counts = {
         "steps": len(history),
         "loss": last["loss"],
         "parts": last["parts"],
@@ -215,3 +201,4 @@ def summary(folder: UPath) -> dict[str, Any]:
         "masks": [record["mask"] for record in history if "mask" in record],
         "codes_changed": last["codes_changed"],
     }
+    return counts | {name: last[name] for name in ("scales_changed",) if name in last}

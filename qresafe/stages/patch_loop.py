@@ -18,9 +18,10 @@ from upath import UPath
 
 from qresafe import metrics
 from qresafe.core.grids import QuantizedTensor
-from qresafe.core.masked_lora import MaskedLoraLinear, attach
+from qresafe.core.masked_lora import MaskedLoraLinear, attach, attach_scales
 from qresafe.core.masks import pack_bits, unpack_bits
 from qresafe.core.objectives import objective
+from qresafe.core.patched import PatchedLinear
 from qresafe.errors import DivergedError, OutOfMemoryError, ResourceError
 from qresafe.failure import is_out_of_memory
 from qresafe.hf.answer_head import AnswerHead
@@ -30,8 +31,13 @@ from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
 from qresafe.stages.patch_data import Pool, batch_at, collate, share, total_steps
 from qresafe.stages.patch_loss import term_losses
-from qresafe.stages.patch_mask import mask_rows, renew_masks
-from qresafe.stages.patch_output import as_exported, codes_changed, write_results
+from qresafe.stages.patch_mask import MaskRows, mask_rows, renew_masks
+from qresafe.stages.patch_output import (
+    as_exported,
+    codes_changed,
+    scales_changed,
+    write_results,
+)
 from qresafe.stages.runtime import record_gpu
 from qresafe.stages.train_engine import TrainEngine
 
@@ -66,8 +72,8 @@ def train_patch(
 ) -> None:
     """Train a patch, or continue the one that `folder` holds a checkpoint of.
 
-    Leaves adapter.safetensors, masks.safetensors, codes.safetensors, delta.safetensors and
-    history.jsonl in `folder` (see `patch_output`).
+    Leaves adapter.safetensors, codes.safetensors, delta.safetensors, history.jsonl and what else
+    `patch_output` says in `folder`.
 
     Args:
         engine: This process's part of the optimizer; every rank calls this function.
@@ -98,6 +104,8 @@ def train_patch(
         while watch and seen:  # once it is saved: who is told may end this process
             watch.tell(seen.pop(0))
     loop.history[-1]["codes_changed"] = codes_changed(engine, loop.layers)
+    if spec.trains != "codes":
+        loop.history[-1]["scales_changed"] = scales_changed(engine, loop.layers)
     write_results(engine, loop.layers, loop.history, folder)
 
 
@@ -112,6 +120,24 @@ def _tell(record: Mapping[str, Any], rank: int, folder: UPath) -> None:
         metrics.record("qresafe_steps", 1, labels)
         metrics.record("qresafe_loss", record["loss"], labels)
         metrics.record("qresafe_trained_tokens", record["tokens"], labels)
+
+
+def patched_layers(inputs: PatchInputs, spec: PatchSpec) -> Mapping[str, PatchedLinear]:
+    """Replace Q0's quantized layers by ones that train what `spec` says; see `attach`."""
+    rate = None if spec.trains == "codes" else spec.scale_lr / spec.lr
+    if spec.trains == "scales" and rate is not None:
+        return attach_scales(inputs.model, inputs.quantized, rate)
+    return attach(
+        inputs.model,
+        inputs.quantized,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        on=spec.mask.on,
+        through_grid=spec.through_grid,
+        seed=spec.seed,
+        latents=inputs.latents,
+        scale_rate=rate,
+    )
 
 
 class Watch(Protocol):
@@ -136,20 +162,11 @@ class PatchLoop:
     def __init__(self, engine: TrainEngine, inputs: PatchInputs, spec: PatchSpec) -> None:
         self.engine, self.pool, self.spec = engine, inputs.pool, spec
         self.model = inputs.model
-        self.layers: dict[str, MaskedLoraLinear] = attach(
-            self.model,
-            inputs.quantized,
-            rank=spec.rank,
-            alpha=spec.alpha,
-            on=spec.mask.on,
-            through_grid=spec.through_grid,
-            seed=spec.seed,
-            latents=inputs.latents,
-        )
+        self.layers = patched_layers(inputs, spec)
         factors = {
-            f"{name}.{kind}": getattr(layer, kind)
+            f"{name}.{kind}": parameter
             for name, layer in self.layers.items()
-            for kind in ("A", "B")
+            for kind, parameter in layer.trained.items()
         }
         self.head = AnswerHead(self.model)
         self.forward = engine.prepare(self.model, factors, spec)
@@ -158,7 +175,9 @@ class PatchLoop:
         self.micro, self.halved = spec.micro_batch_size, False
         self.step = self.mask_version = 0
         self.history: list[dict[str, Any]] = []
-        self._mask_rows = mask_rows(self.pool, spec)
+        layers = self.layers.items()
+        self._masked = {name: one for name, one in layers if isinstance(one, MaskedLoraLinear)}
+        self._mask_rows = mask_rows(self.pool, spec) if self._masked else MaskRows()
 
     def advance(self) -> dict[str, Any]:
         """Do one optimizer step, after a re-masking where it is due; return its record."""
@@ -271,7 +290,8 @@ class PatchLoop:
 
     def _mask_due(self) -> bool:
         every = self.spec.mask.remask_every
-        return self.step == 0 or (every > 0 and self.step % every == 0)
+        due = self.step == 0 or (every > 0 and self.step % every == 0)
+        return due and bool(self._masked)
 
     def _remask(self) -> dict[str, Any]:
         changed = codes_changed(self.engine, self.layers)
@@ -280,7 +300,7 @@ class PatchLoop:
             self.engine,
             self.model,
             self.head,
-            self.layers,
+            self._masked,
             self._mask_rows,
             self.spec,
             self.mask_version,

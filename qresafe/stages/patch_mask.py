@@ -71,8 +71,8 @@ def renew_masks(
         version: Number of the new mask, from 1.
     """
     scores = _scores(engine, model, head, layers, rows, spec)
-    factors = [factor for layer in layers.values() for factor in (layer.A, layer.B)]
-    with engine.gathered(factors):
+    trained = [parameter for layer in layers.values() for parameter in layer.trained.values()]
+    with engine.gathered(trained):
         return remask(layers, scores, tau=spec.mask.tau, scope=spec.mask.scope, version=version)
 
 

@@ -1,10 +1,12 @@
 """What a finished patch leaves behind, as plain safetensors and JSON lines.
 
-adapter.safetensors  <layer>.A, <layer>.B and, for factor masks, their anchors and references
+adapter.safetensors  <layer>.A, <layer>.B and, for factor masks, their anchors and references;
+                     <layer>.log_scale where scales are trained
 masks.safetensors    <layer>.<mask>: 8 entries a byte; shapes as JSON in the metadata
 codes.safetensors    <layer>: int8 codes of snap(Q0 + delta), on Q0's grid
 delta.safetensors    <layer>: the unrounded change M * (B A) alpha/rank, float32; with a latent
-                     start, the unrounded weight less Q0's
+                     start or trained scales, the unrounded weight less Q0's
+scales.safetensors   <layer>: its scales, in the checkpoint's type; only where they are trained
 history.jsonl        one line per step
 """
 
@@ -23,11 +25,12 @@ from torch.nn import functional as F
 from upath import UPath
 
 from qresafe.artifacts import read_bytes, write_bytes, write_text
-from qresafe.core.masked_lora import MaskedLoraLinear
 from qresafe.core.masks import pack_bits
+from qresafe.core.patched import PatchedLinear
+from qresafe.core.scales import scale_of
 from qresafe.stages.train_engine import TrainEngine
 
-Layers = Mapping[str, MaskedLoraLinear]
+Layers = Mapping[str, PatchedLinear]
 
 
 def write_results(
@@ -38,12 +41,15 @@ def write_results(
     masks: dict[str, Tensor] = {}
     codes: dict[str, Tensor] = {}
     delta: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, layer in _gathered(engine, layers):
         if engine.rank:
             continue
         codes[name], delta[name] = layer.codes().cpu(), layer.delta().cpu()
-        adapter |= {f"{name}.{kind}": getattr(layer, kind).detach().clone() for kind in ("A", "B")}
+        adapter |= {f"{name}.{kind}": p.detach().clone() for kind, p in layer.trained.items()}
+        if layer.log_scale is not None:
+            scales[name] = scale_of(layer.exported().grid)
         for kind, buffer in layer.named_buffers(recurse=False):
             if buffer.dtype == torch.bool:
                 masks[f"{name}.{kind}"] = pack_bits(buffer)
@@ -56,6 +62,8 @@ def write_results(
     write_tensors(folder / "masks.safetensors", masks, {"shapes": json.dumps(shapes)})
     write_tensors(folder / "codes.safetensors", codes)
     write_tensors(folder / "delta.safetensors", delta)
+    if scales:
+        write_tensors(folder / "scales.safetensors", scales)
     write_history(folder, history)
 
 
@@ -73,16 +81,26 @@ def codes_changed(engine: TrainEngine, layers: Layers) -> float:
     return changed / total
 
 
+def scales_changed(engine: TrainEngine, layers: Layers) -> float:
+    """Return the fraction of all scales that differ from Q0's now; collective."""
+    changed = total = 0
+    for _, layer in _gathered(engine, layers):
+        old, new = scale_of(layer.grid), scale_of(layer.exported().grid)
+        changed += int((new != old).sum())
+        total += old.numel()
+    return changed / total
+
+
 @contextmanager
 def as_exported(engine: TrainEngine, layers: Layers) -> Iterator[None]:
-    """Let all layers compute with the weights of their exported codes within the block.
+    """Let all layers compute with the weights that their export would have within the block.
 
     The weights are formed once, not in every forward pass; collective.
     """
     try:
         with torch.no_grad():
             for _, layer in _gathered(engine, layers):
-                weight = layer.grid.decode(layer.codes()).to(layer.weight.dtype)
+                weight = layer.exported().dense().to(layer.weight.dtype)
                 # An attribute of the instance goes before the class's method.
                 layer.forward = partial(F.linear, weight=weight, bias=layer.bias)  # type: ignore[method-assign]
             yield
@@ -104,7 +122,7 @@ def read_tensors(path: UPath) -> dict[str, Tensor]:
     return safetensors.load(read_bytes(path))
 
 
-def _gathered(engine: TrainEngine, layers: Layers) -> Iterator[tuple[str, MaskedLoraLinear]]:
+def _gathered(engine: TrainEngine, layers: Layers) -> Iterator[tuple[str, PatchedLinear]]:
     for name, layer in layers.items():
         with engine.gathered(layer.parameters(recurse=False)):
             yield name, layer

@@ -1,9 +1,12 @@
-"""*.qpatch: the few codes that a patch changes, in one safetensors file.
+"""*.qpatch: the few codes that a patch changes, and its scales, in one safetensors file.
 
-Its tensors are packed sparse differences, "<layer>/<part>"; its metadata holds the sha256 of every
-file of Q0 and of Q. Nothing is written before Q0 (or, to revert, Q) has the expected hashes, and
-the result appears only once it has the other ones. A .gguf file alone stands for its folder: its
-own hash is asked for, and what is written is a .gguf file too.
+Its tensors are packed sparse differences, of codes "<layer>/<part>" and of scales
+"<layer>/scale/<part>", these by their bits as 16-bit words; a file that changes scales is format
+qpatch-2, one that does not qpatch-1. Its metadata holds the sha256 of every file of Q0 and of Q.
+
+Nothing is written before Q0 (or, to revert, Q) has the expected hashes, and the result appears only
+once it has the other ones. A .gguf file alone stands for its folder: its own hash is asked for, and
+what is written is a .gguf file too.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from qresafe.artifacts import disk_errors, hash_file, write_bytes
 from qresafe.core import sparse_patch
+from qresafe.core.scales import scale_of
 from qresafe.core.sparse_patch import SparseDiff
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
@@ -30,7 +34,8 @@ from qresafe.hf.gguf_folder import gguf_file, unpacked
 from qresafe.hf.models import CONTENT
 from qresafe.leftovers import aside
 
-FORMAT = "qpatch-1"
+CODES_ONLY, WITH_SCALES = "qpatch-1", "qpatch-2"
+SCALE = "/scale"
 GGUF = ".gguf"
 REMEDY = "fetch or export the patch again"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # no separators: hashes name plain files
@@ -45,15 +50,34 @@ class Header:
         base: File name -> sha256 of all files of Q0.
         patched: The same of Q.
         key: Of the patch stage's artefact: which training made it.
+        scales_changed: How many scales differ.
     """
 
     base: dict[str, str]
     patched: dict[str, str]
     key: str
+    scales_changed: int = 0
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a patch changes, layer by layer.
+
+    Attributes:
+        codes: Layer -> difference of its codes.
+        scales: Layer -> difference of its scales' bits, as 16-bit words.
+    """
+
+    codes: dict[str, SparseDiff]
+    scales: dict[str, SparseDiff]
+
+    @property
+    def codes_changed(self) -> int:
+        return sum(len(change.positions) for change in self.codes.values())
 
 
 def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, Any]:
-    """Write the difference between two checkpoints that differ in codes only.
+    """Write the difference between two checkpoints that differ in codes, or scales, only.
 
     Args:
         base: Q0's folder, or .gguf file.
@@ -62,7 +86,8 @@ def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, 
         key: Kept in the header.
 
     Returns:
-        Counts: layers, codes, codes changed (in all and by layer), and bytes.
+        Counts: codes, codes changed (in all and by layer), bytes, and where the format stores
+        plain scales, how many there are and how many changed.
 
     Raises:
         ModelError: Q could not be turned into Q0 again, or a file has a name that no patch may
@@ -81,11 +106,13 @@ def create(base: Path, patched: Path, target: Path, key: str = "") -> dict[str, 
         if by_layer[name]:
             _check_reversible(before, name)
             tensors |= {f"{name}/{part}": value for part, value in change.pack().items()}
-    header = Header(*hashes, key)
+    packed = sum(tensor.nbytes for tensor in tensors.values())
+    scales = _scale_changes(before, after, tensors) if before.has_scales else {}
+    header = Header(*hashes, key, scales.get("scales_changed", 0))
     # One entry only: safetensors writes several in random order, and equal patches are equal bytes.
-    metadata = {"header": json.dumps({"format": FORMAT} | asdict(header), sort_keys=True)}
+    metadata = {"header": json.dumps(_told(header), sort_keys=True)}
     write_bytes(target, save(tensors, metadata=metadata))
-    return _counts(by_layer, sizes, sum(t.nbytes for t in tensors.values()), target)
+    return _counts(by_layer, sizes, packed, target) | scales
 
 
 def apply(patch: Path, base: Path, target: Path) -> dict[str, Any]:
@@ -119,14 +146,13 @@ def verify(patch: Path, checkpoint: Path) -> dict[str, Any]:
     found = file_hashes(checkpoint)
     for state in ("base", "patched"):
         if found == _meant(header, state, checkpoint):
-            changed = sum(len(change.positions) for change in changes.values())
-            return {"checkpoint": state, "codes_changed": changed, "patch_key": header.key}
+            return {"checkpoint": state} | _changed(header, changes) | {"patch_key": header.key}
     meant = _meant(header, "base", checkpoint)
     raise _stranger(found, meant, checkpoint, "neither the patch's Q0 nor its Q")
 
 
-def read(patch: Path) -> tuple[Header, dict[str, SparseDiff]]:
-    """Read and check a whole patch file: its header and layer -> difference.
+def read(patch: Path) -> tuple[Header, Changes]:
+    """Read and check a whole patch file.
 
     Raises:
         CorruptArtifactError: Anything in it is missing, malformed or out of range.
@@ -144,10 +170,11 @@ def read(patch: Path) -> tuple[Header, dict[str, SparseDiff]]:
     for name, tensor in packed.items():
         layer, _, part = name.rpartition("/")
         layers.setdefault(layer, {})[part] = tensor
-    changes = {
-        layer: sparse_patch.unpack(parts, f"{patch}, layer {layer!r}")
-        for layer, parts in layers.items()
-    }
+    changes = Changes({}, {})
+    for layer, parts in layers.items():
+        change = sparse_patch.unpack(parts, f"{patch}, layer {layer!r}")
+        of_scales = layer.endswith(SCALE)
+        (changes.scales if of_scales else changes.codes)[layer.removesuffix(SCALE)] = change
     return header, changes
 
 
@@ -178,7 +205,7 @@ def _convert(patch: Path, source: Path, target: Path, have: State, want: State) 
     if found != meant:
         name = "Q0" if have == "base" else "Q"
         raise _stranger(found, meant, source, f"not the patch's {name}")
-    unknown = sorted(set(changes) - set(checkpoint.names))
+    unknown = sorted({*changes.codes, *changes.scales} - set(checkpoint.names))
     if unknown:
         raise _damaged(f"it names a layer {unknown[0]!r} that the checkpoint lacks", patch)
 
@@ -188,14 +215,14 @@ def _convert(patch: Path, source: Path, target: Path, have: State, want: State) 
             raise _damaged("the result does not have the hashes that it promises", patch)
 
     step = SparseDiff.apply if have == "base" else SparseDiff.revert
-    stepped = _Stepped(checkpoint, changes, step)
+    codes = _Stepped(changes.codes, step, lambda name: checkpoint.read(name).codes)
+    scales = _Stepped(changes.scales, step, lambda name: scale_of(checkpoint.read(name).grid))
     with disk_errors(str(target)):
         if is_lone(source):
-            _write_file(checkpoint, target, stepped, check)
+            _write_file(checkpoint, target, codes, check)
         else:
-            checkpoint.rewrite(target, stepped, check)
-    changed = sum(len(change.positions) for change in changes.values())
-    return {"checkpoint": want, "folder": str(target), "codes_changed": changed}
+            checkpoint.rewrite(target, codes, check, scales)
+    return {"checkpoint": want, "folder": str(target)} | _changed(header, changes)
 
 
 def is_lone(path: Path) -> bool:
@@ -257,17 +284,48 @@ def _check_reversible(base: QuantizedCheckpoint, name: str) -> None:
         raise ModelError(what, where=str(base.folder), remedy="pack the checkpoint again")
 
 
+def _scale_changes(
+    before: QuantizedCheckpoint, after: QuantizedCheckpoint, tensors: dict[str, Tensor]
+) -> dict[str, int]:
+    """Add the packed differences of scales to `tensors`; return how many scales changed."""
+    total = changed = 0
+    for name in before.names:
+        old, new = (scale_of(one.read(name).grid) for one in (before, after))
+        total += old.numel()
+        change = sparse_patch.diff(words(old), words(new))
+        if not len(change.positions):
+            continue
+        changed += int((words(old) != words(new)).view(old.numel(), -1).any(1).sum())
+        tensor, packed = before.pack_scale(name, old)
+        if not torch.equal(packed, before.files[tensor]):
+            what = f"{tensor} holds more than its scales, which a patch could not restore"
+            raise ModelError(what, where=str(before.folder), remedy="set patch.trains to codes")
+        tensors |= {f"{name}{SCALE}/{part}": value for part, value in change.pack().items()}
+    return {"scales": total, "scales_changed": changed}
+
+
+def words(values: Tensor) -> Tensor:
+    """Return floats by their bits, as int16 words (float32: two each); codes as they are."""
+    return values.contiguous().view(torch.int16) if values.is_floating_point() else values
+
+
+def _changed(header: Header, changes: Changes) -> dict[str, int]:
+    scales = {"scales_changed": header.scales_changed} if changes.scales else {}
+    return {"codes_changed": changes.codes_changed} | scales
+
+
 class _Stepped(Mapping[str, Tensor]):
-    """Layer -> codes after (or before) the patch, computed one layer at a time."""
+    """Layer -> codes (or scales) after (or before) the patch, computed one layer at a time."""
 
     def __init__(
-        self, checkpoint: QuantizedCheckpoint, changes: Mapping[str, SparseDiff], step: Any
+        self, changes: Mapping[str, SparseDiff], step: Any, read: Callable[[str], Tensor]
     ) -> None:
-        self._checkpoint, self._changes, self._step = checkpoint, changes, step
+        self._changes, self._step, self._read = changes, step, read
 
     def __getitem__(self, name: str) -> Tensor:
-        codes: Tensor = self._step(self._changes[name], self._checkpoint.read(name).codes)
-        return codes
+        old = self._read(name)
+        stepped: Tensor = self._step(self._changes[name], words(old))
+        return stepped.view(old.dtype)
 
     def __iter__(self) -> Any:
         return iter(self._changes)
@@ -276,16 +334,26 @@ class _Stepped(Mapping[str, Tensor]):
         return len(self._changes)
 
 
+def _told(header: Header) -> dict[str, Any]:
+    """Return what the metadata say of a patch; without scales, what they always did."""
+    told = asdict(header)
+    if header.scales_changed:
+        return {"format": WITH_SCALES} | told
+    del told["scales_changed"]
+    return {"format": CODES_ONLY} | told
+
+
 def _header(metadata: Mapping[str, str], patch: Path) -> Header:
     try:
         told = json.loads(metadata["header"])
         written = told.pop("format")
-        if written != FORMAT:
-            what = f"format {written!r} instead of {FORMAT!r}"
+        if written not in (CODES_ONLY, WITH_SCALES):
+            what = f"format {written!r} instead of {CODES_ONLY!r} or {WITH_SCALES!r}"
             raise CorruptArtifactError(what, where=str(patch), remedy="use the matching qresafe")
         header = Header(**told)
         names = [*header.base, *header.patched]
         sound = header.base.keys() == header.patched.keys() and isinstance(header.key, str)
+        sound = sound and isinstance(header.scales_changed, int)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise _damaged("its header is malformed", patch) from None
     odd = [name for name in names if not FILE_NAME.fullmatch(name)]

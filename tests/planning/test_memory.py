@@ -37,6 +37,19 @@ def test_a_latent_start_holds_four_bytes_a_weight_more() -> None:
     assert parts["codes and scales"] - plain["codes and scales"] == 4 * MODEL.quantized
 
 
+def test_trained_scales_take_16_bytes_each_and_no_mask() -> None:
+    scales, factors = MODEL.quantized / 64, MODEL.factors(8)
+    parts = {
+        trains: memory.patch(MODEL, replace(HOW, trains=trains), BATCH, BATCH)
+        for trains in ("scales", "both")
+    }
+    assert parts["scales"]["LoRA factors"] == 4 * scales
+    assert parts["scales"]["optimizer"] == 8 * scales
+    assert parts["scales"]["masks"] == 0
+    assert parts["both"]["LoRA factors"] == 4 * (scales + factors)
+    assert parts["both"]["masks"] == MODEL.quantized
+
+
 def test_zero_stages_divide_what_they_say() -> None:
     factors = 4 * MODEL.factors(8)
     shared = {"world_size": 4, "accumulates": True, "snip": False}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patching import move_codes_and_scales
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,7 @@ from qresafe.quantize_specs import AwqSpec, CalibrationSpec, Fp8Spec, GptqSpec, 
 from qresafe.quantizers.base import QuantizeResult
 from qresafe.quantizers.calibrated import sequences
 from qresafe.registry import quantizers
+from qresafe.stages import qpatch
 
 IDS = torch.arange(10, 40)[None]
 FEW = {"calibration": CalibrationSpec(risk="I", benign=6), "max_length": 48}
@@ -116,6 +118,28 @@ def test_fp8_activations_are_rounded_at_run_time(
     deployed = load_model(tmp_path / "checkpoint")(IDS).logits
     torch.testing.assert_close(deployed, dense(IDS).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(deployed, plain, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_a_patch_of_fp8_scales_goes_there_and_comes_back(
+    tiny_llama: Path, tmp_path: Path, scales: str
+) -> None:
+    quantize(tiny_llama, tmp_path, fp8(scales=scales))
+    base = tmp_path / "checkpoint"
+    q0 = QuantizedCheckpoint.open(base)
+    q = move_codes_and_scales(q0, tmp_path / "q")
+    counts = qpatch.create(base, q, tmp_path / "p.qpatch")
+    rows = [1 if scales == "tensor" else q0.read(name).grid.shape[0] for name in q0.names]
+    assert counts["scales"] == sum(rows)
+    assert 0.8 * sum(rows[::2]) < counts["scales_changed"] <= sum(rows[::2])
+    qpatch.apply(tmp_path / "p.qpatch", base, tmp_path / "applied")
+    qpatch.revert(tmp_path / "p.qpatch", tmp_path / "applied", tmp_path / "reverted")
+    for made, meant in (("applied", q), ("reverted", base)):
+        files = [folder / "model.safetensors" for folder in (tmp_path / made, meant)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    deployed, decoded = load_model(q)(IDS).logits, load_dense(q)[0](IDS).logits
+    torch.testing.assert_close(deployed, decoded, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(deployed, load_model(base)(IDS).logits, rtol=1e-2, atol=1e-2)
 
 
 def rounded(stored: torch.Tensor | None):  # type: ignore[no-untyped-def]

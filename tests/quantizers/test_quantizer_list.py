@@ -29,4 +29,4 @@ def test_the_command_prints_every_entry() -> None:
     printed = CliRunner().invoke(app, ["quantizers"]).output
     assert all(name in printed for name in catalogue())
     told = json.loads(CliRunner().invoke(app, ["quantizers", "--json"]).output)
-    assert told["rtn"]["patch"] == "yes"
+    assert told["rtn"]["patch"] == "codes and scales"

@@ -93,6 +93,8 @@ def _export_counts() -> dict[str, Any]:
         "patch_bytes": 2 * all_changed + 4000,
         "bytes_per_changed_code": 2.0,
         "checkpoint_bytes": 1_240_000,
+        "scales": 12_288,
+        "scales_changed": 7_654,
     }
 
 

@@ -20,8 +20,9 @@ from qresafe.progress import Silent
 from qresafe.quantize_specs import Critical16Spec, LlmQatSpec, RtnSpec
 from qresafe.quantizers.rtn import quantize
 from qresafe.specs import PatchSpec
-from qresafe.stages.patch import check_patchable, key_spec, needs_reference, patch
+from qresafe.stages.patch import key_spec, needs_reference, patch
 from qresafe.stages.patch_output import read_tensors
+from qresafe.stages.patchable import check_patchable
 from qresafe.stages.reference import reference
 from qresafe.stages.runtime import InProcessRuntime, read_table
 

@@ -104,6 +104,7 @@ def test_the_page_says_what_was_found(page: str, given: tuple[Run, ReportInput])
     for part in ("Compliance by category", "Over-refusal by category", "Compliance by language"):
         assert part in text
     assert "quantize.seed" in text
+    assert "and 7,654 of 12,288 scales" in text
     assert given[1].comparison.key in text
 
 
@@ -114,6 +115,7 @@ def test_json_and_card_repeat_the_figures(made: Artifact) -> None:
     assert data["export"]["codes_changed"] > 0
     card = (made.path / "model_card.md").read_text()
     assert headline(found) in card
+    assert "and 7654 of 12288 scales." in card
     table = [line for line in card.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1  # every row has the same columns
     assert len(table) == 2 + 8  # six measures, ROUGE-L, perplexity

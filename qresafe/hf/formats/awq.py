@@ -63,6 +63,9 @@ class Awq:
             words |= parts[source] << (place * BITS)
         return f"{layer}.qweight", words
 
+    def pack_scale(self, layer: str, scale: Tensor) -> tuple[str, Tensor]:
+        return f"{layer}.scales", scale.T.contiguous()
+
     def _layout(self, layer: str) -> tuple[int, int, int]:
         """Return (in, out, groups), having checked that the stored parts fit each other."""
         columns, words = self._files.shape(f"{layer}.qweight")

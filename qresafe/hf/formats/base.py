@@ -1,8 +1,8 @@
-"""What a storage format must offer so that a patch can read and rewrite its codes."""
+"""What a storage format must offer so that a patch can read and rewrite its codes, or scales."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from qresafe.core.grids import QuantizedTensor
 
 
 class Codec(Protocol):
-    """Reads and packs the codes of one checkpoint; its scales are never written."""
+    """Reads and packs the codes of one checkpoint."""
 
     name: str  # for people: "compressed-tensors pack-quantized"
 
@@ -26,3 +26,11 @@ class Codec(Protocol):
 
     def pack(self, layer: str, codes: Tensor) -> tuple[str, Tensor]:
         """Return (name, value) of the stored tensor that holds `codes` (out, in)."""
+
+
+@runtime_checkable
+class ScaleCodec(Protocol):
+    """A codec of a format that stores each scale of its grids as it is, a float of some width."""
+
+    def pack_scale(self, layer: str, scale: Tensor) -> tuple[str, Tensor]:
+        """Return (name, value) of the stored tensor that holds the scales of the layer's grid."""

@@ -25,7 +25,11 @@ FOUR_BIT_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_
 
 def codec(files: TensorFiles, config: Mapping[str, Any]) -> FourBit | Int8:
     """Return the codec of a checkpoint's 4-bit or 8-bit layers."""
-    return Int8(files, config) if config.get("load_in_8bit") else FourBit(files, config)
+    if config.get("load_in_8bit"):
+        return Int8(files, config)
+    absmax = [entry.dtype for name, entry in files.entries.items() if name.endswith(".absmax")]
+    plain = all(dtype == torch.float32 for dtype in absmax)
+    return (PlainFourBit if plain else FourBit)(files, config)
 
 
 class FourBit:
@@ -91,6 +95,13 @@ class FourBit:
         outer = self._files[f"{layer}.weight.nested_absmax"].float()
         block = outer.repeat_interleave(int(state["nested_blocksize"]))[: absmax.numel()]
         return codebook[absmax.long()] * block + float(state["nested_offset"])
+
+
+class PlainFourBit(FourBit):
+    """Codec of NF4 and FP4 without double quantization: scales are stored as they are."""
+
+    def pack_scale(self, layer: str, scale: Tensor) -> tuple[str, Tensor]:
+        return f"{layer}.weight.absmax", scale
 
 
 class Int8:

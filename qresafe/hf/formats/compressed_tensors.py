@@ -62,6 +62,10 @@ class CompressedTensors:
             return f"{layer}.weight", self._floats(layer, codes)
         return f"{layer}.weight", codes.to(torch.int8)
 
+    def pack_scale(self, layer: str, scale: Tensor) -> tuple[str, Tensor]:
+        name = f"{layer}.weight_scale"
+        return name, scale.reshape(self._files.shape(name)).contiguous()
+
     def _floats(self, layer: str, codes: Tensor) -> Tensor:
         floats = levels(codes.to(torch.int8))
         if floats.float().isnan().any():

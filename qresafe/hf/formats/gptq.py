@@ -69,6 +69,9 @@ class Gptq:
         bits, _ = self._layout(layer)
         return f"{layer}.qweight", pack_words(codes.T.to(torch.int32) + (1 << (bits - 1)), bits)
 
+    def pack_scale(self, layer: str, scale: Tensor) -> tuple[str, Tensor]:
+        return f"{layer}.scales", scale.T.contiguous()
+
     def _layout(self, layer: str) -> tuple[int, int]:
         """Return (bits, in): by g_idx where there is one, as bits may differ by layer."""
         words, outputs = self._files.shape(f"{layer}.qweight")
