@@ -150,7 +150,9 @@ class Search:
         spec = self.spec.model_dump(mode="json", exclude=without)
         spec["budget"] = self.spec.budget.trials if self.spec.scheduler.name == "pbt" else None
         spec["searcher"]["lag"] = self.spec.lag
-        base = self.validation.model_dump(mode="json", exclude={"name", "storage", "resources"})
+        whole = {"name": True, "storage": True, "resources": True}
+        without_bits = whole | {"patch": {"gradient_checkpointing": True}}  # a trial's are the same
+        base = self.validation.model_dump(mode="json", exclude=without_bits)
         return content_key([spec, base])
 
     @property

@@ -226,6 +226,7 @@ class PatchSpec(Spec):
     epochs: Positive = 1.0
     batch_size: AtLeastOne = 56  # rows per optimizer step, over all workers
     micro_batch_size: AtLeastOne = 56  # rows per forward pass and worker
+    gradient_checkpointing: bool = False  # less memory: activations are computed twice
     checkpoint_every: AtLeastOne = 20
     zero_stage: Literal[0, 1, 2, 3] = 2
     seed: int = 0
