@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "even": shape(512, 1408, 6, 8, 8, 8192),
     "wide": shape(1024, 3584, 2, 16, 4, 4096),  # and with grouped key heads
     "deep": shape(256, 704, 24, 4, 4, 4096),
+    "tall": shape(192, 528, 24, 4, 4, 4096),  # SNIP's sums, 43 MB, stay in memory
     "words": shape(384, 1024, 4, 6, 6, 48000),
 }
 DPO = {"dpo": 1.0, "kl": 0.0, "beta": 0.1}
@@ -77,6 +78,15 @@ CASES: dict[str, dict[str, Any]] = {
         "deep", on="factors", through_grid=False, dtype="bfloat16"
     ),
     "patch, factors through the grid": patch_case("even", on="factors"),
+    "patch, many blocks": patch_case("tall", answer=128),
+    "patch, many blocks, recomputed": patch_case("tall", answer=128, gradient_checkpointing=True),
+    "patch, many blocks, recomputed, bfloat16": patch_case(
+        "tall", answer=128, gradient_checkpointing=True, dtype="bfloat16"
+    ),
+    "patch, long answers, recomputed": patch_case("even", answer=400, gradient_checkpointing=True),
+    "patch, factors, recomputed": patch_case(
+        "tall", answer=128, on="factors", through_grid=False, gradient_checkpointing=True
+    ),
     "patch, four micro-batches": patch_case("even", rows=8, micro_batch_size=2),
     "generate": generate_case("even"),
     "generate, grouped heads": generate_case("wide"),
@@ -114,6 +124,7 @@ def _patch(case: dict[str, Any], shape: ModelShape, kind: Any) -> Parts:
         through_grid=spec.through_grid,
         group_size=case["group_size"],
         accumulates=spec.batch_size > spec.micro_batch_size,
+        checkpointing=spec.gradient_checkpointing,
         device=kind,
     )
     return memory.patch(shape, how, batch, Batch(rows, columns, rows * answer))

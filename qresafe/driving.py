@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -12,9 +12,11 @@ from typing import NoReturn
 from upath import UPath
 
 from qresafe.driver_lock import sole_driver
-from qresafe.failure import failures_recorded
+from qresafe.failure import failures_recorded, record_failure
 from qresafe.progress import Both, Progress
 from qresafe.progress_file import ProgressFile
+
+_leaving: list[Callable[[BaseException], None]] = []  # of each run that this process drives
 
 
 @contextmanager
@@ -36,8 +38,28 @@ def driving(root: UPath, progress: Progress) -> Iterator[Progress]:
         _terminated(),
         ProgressFile(root) as file,
         failures_recorded(root, file.stage),
+        _may_be_abandoned(root, file),
     ):
         yield Both(progress, file)
+
+
+def abandon(error: BaseException) -> None:
+    """Leave what this process drives as failed, from any thread, because the process ends now."""
+    for leave in tuple(_leaving):
+        leave(error)
+
+
+@contextmanager
+def _may_be_abandoned(root: UPath, file: ProgressFile) -> Iterator[None]:
+    def leave(error: BaseException) -> None:
+        record_failure(root, error, file.stage())
+        file.close()
+
+    _leaving.append(leave)
+    try:
+        yield
+    finally:
+        _leaving.remove(leave)
 
 
 @contextmanager

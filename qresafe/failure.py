@@ -89,12 +89,23 @@ def failures_recorded(root: UPath, stage: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # The storage itself may be what failed, and its clients have errors of their own.
-        with suppress(Exception):
-            write_text(root / FILE, describe(error, stage()).model_dump_json(indent=1))
+        record_failure(root, error, stage())
         raise
     with suppress(Exception):  # what was made counts, not the note on an earlier failure
         patiently(lambda: (root / FILE).unlink(missing_ok=True), root / FILE)
+
+
+def record_failure(root: UPath, error: BaseException, stage: str) -> None:
+    """Write `error.json`, if that can be done.
+
+    Args:
+        root: The run's folder, held by this process.
+        error: What ended the command.
+        stage: The stage that was running.
+    """
+    # The storage itself may be what failed, and its clients have errors of their own.
+    with suppress(Exception):
+        write_text(root / FILE, describe(error, stage).model_dump_json(indent=1))
 
 
 def read_failure(root: UPath) -> Failure | None:

@@ -103,6 +103,10 @@ class ProgressFile(Stack):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write no more, and remove the file."""
         self._ended_all.set()
         self._writer.join()
         with suppress(Exception):

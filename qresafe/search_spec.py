@@ -150,7 +150,11 @@ class Search:
         spec = self.spec.model_dump(mode="json", exclude=without)
         spec["budget"] = self.spec.budget.trials if self.spec.scheduler.name == "pbt" else None
         spec["searcher"]["lag"] = self.spec.lag
-        base = self.validation.key_data(exclude={"name", "storage", "resources"})
+        # A trial's bits are the same with and without gradient checkpointing.
+        patch = self.validation.patch.model_copy(update={"gradient_checkpointing": False})
+        base = self.validation.model_copy(update={"patch": patch}).key_data(
+            exclude={"name", "storage", "resources"}
+        )
         return content_key([spec, base])
 
     @property

@@ -207,7 +207,9 @@ class FlipsSpec(Spec):
 class PatchSpec(Spec):
     """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"start", "trains", "scale_lr"})
+    LATER: ClassVar[frozenset[str]] = frozenset(
+        {"start", "trains", "scale_lr", "gradient_checkpointing"}
+    )
     # flips: single codes, without an adapter; of what is below it reads objective, flips,
     # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
     # objective, mask or grid.
@@ -232,6 +234,7 @@ class PatchSpec(Spec):
     epochs: Positive = 1.0
     batch_size: AtLeastOne = 56  # rows per optimizer step, over all workers
     micro_batch_size: AtLeastOne = 56  # rows per forward pass and worker
+    gradient_checkpointing: bool = False  # less memory: activations are computed twice
     checkpoint_every: AtLeastOne = 20
     zero_stage: Literal[0, 1, 2, 3] = 2
     seed: int = 0

@@ -53,7 +53,7 @@ def demo(
         storage=storage,
         name=f"{PRESETS[scenario]}-seed{seed}" if seed else None,
     )
-    execute(spec, wanted("report"), as_json=as_json)
+    execute(spec, wanted("report"), as_json=as_json, room=True)
 
 
 def show(

@@ -93,11 +93,29 @@ class SnipScorer:
                 return output
             if not output.requires_grad:  # all before it is frozen: the graph starts here
                 output = output.detach().requires_grad_()
-            seen = _by_sample(inputs[0].detach(), together)
-            output.register_hook(lambda g: _accumulate(total, seen, _by_sample(g, together)))
-            return output
+            watched: Tensor = _Watched.apply(output, inputs[0].detach(), total, together)
+            return watched
 
         return after_forward
+
+
+class _Watched(torch.autograd.Function):
+    """A layer's output, whose gradient is added to the sums on its way back.
+
+    The input is saved as autograd saves tensors, so that gradient checkpointing drops it too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, total: Tensor, together: int) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.total, ctx.together = total, together
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,), (inputs,) = gradients, ctx.saved_tensors
+        _accumulate(ctx.total, _by_sample(inputs, ctx.together), _by_sample(gradient, ctx.together))
+        return gradient, None, None, None
 
 
 class SnipScores(Mapping[str, Tensor]):

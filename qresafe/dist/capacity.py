@@ -84,34 +84,19 @@ def ray_gpus(resources: ResourcesSpec) -> Cluster | None:
     """Return the joined cluster's GPUs; None: it has none of a kind that we know."""
     import ray
 
-    prefix = "accelerator_type:"
-    names = {
-        key.removeprefix(prefix)
-        for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("GPU")
-        for key in node["Resources"]
-        if key.startswith(prefix)
-    }
-    kinds = [kind for name in names if (kind := kind_of(name))]
-    if not resources.gpus_per_worker or not kinds or len(kinds) < len(names):
+    from qresafe.dist.gpus import kinds_in
+
+    if not resources.gpus_per_worker:
+        return None
+    kinds = kinds_in([n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU")])
+    names = [kind for kind in kinds if kind]
+    if not names or None in kinds:
         return None
     known = hardware()
-    kind = min(kinds, key=lambda each: known.gpus[each].memory_gib)
+    kind = min(names, key=lambda each: known.gpus[each].memory_gib)
     memory = known.gpus[kind].memory_gib * GIB * min(1.0, resources.gpus_per_worker)
     count = resources.workers
     return gpu_cluster(kind, count, known, f"{count}x{kind} of the Ray cluster", memory)
-
-
-def kind_of(accelerator: str) -> str | None:
-    """Return our kind for Ray's name of an accelerator, such as "A100-40G", "A100" or "L4".
-
-    A name that leaves the memory open stands for the largest: better to try than to refuse.
-    """
-    family, _, size = accelerator.upper().partition("-")
-    known = hardware().gpus
-    close = [kind for kind in known if kind.split("-")[0].upper() == family]
-    exact = [kind for kind in close if size and kind.split("-")[1] == size.rstrip("GB")]
-    return max(exact or close, key=lambda kind: known[kind].memory_gib, default=None)
 
 
 def machine_memory() -> float:

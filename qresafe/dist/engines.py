@@ -141,6 +141,12 @@ class Stable:
         return remote.remote(gpus, self.threads, number)
 
 
+def drivers_node() -> NodeAffinitySchedulingStrategy:
+    """Place an actor on the driver's node: when that is lost, the experiment is lost anyway."""
+    here = ray.get_runtime_context().get_node_id()
+    return NodeAffinitySchedulingStrategy(here, soft=False)
+
+
 def dump_batch(batch: Batch) -> str:
     """Return a batch as JSON: rows are plain data, and nothing is unpickled from a store."""
     return json.dumps({"index": batch.index, "rows": batch.rows})

@@ -12,13 +12,12 @@ from typing import Any
 
 import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from qresafe.artifacts import is_local
 from qresafe.dist import autoscaler, data, vllm
-from qresafe.dist.engines import Stable
-from qresafe.dist.lost import loss_told
+from qresafe.dist.engines import Stable, drivers_node
+from qresafe.dist.lost import loss_told, watch_head
 from qresafe.dist.metrics import send_to_ray
 from qresafe.errors import ResourceError
 from qresafe.metrics import send_to
@@ -92,9 +91,7 @@ class RayRuntime:
         self.startup_seconds = round(time.perf_counter() - began, 3)
         send_to_ray()
         here = ray.get_runtime_context().get_node_id()
-        # On the driver's node: when that node is lost, the experiment is lost anyway.
-        placed = NodeAffinitySchedulingStrategy(here, soft=False)
-        stable = ray.remote(Stable).options(num_cpus=0, scheduling_strategy=placed)
+        stable = ray.remote(Stable).options(num_cpus=0, scheduling_strategy=drivers_node())
         self._stable: Any = stable.remote(threads_per_worker(resources), _sharers(resources))
         if not resources.gpus_per_worker:  # imports overlap with what the driver does next
             self._stable.warm.remote(here, min(resources.workers, os.cpu_count() or 1))
@@ -203,6 +200,7 @@ def connect(address: str | None) -> None:
             ray.init(target, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:  # a node that is not up in time raises the bare class
         raise _not_joined(target, error) from error
+    watch_head()
 
 
 def _not_joined(target: str, error: Exception) -> ResourceError:

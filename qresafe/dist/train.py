@@ -15,6 +15,7 @@ from upath import UPath
 
 from qresafe.artifacts import disk_errors, is_local
 from qresafe.dist.board import Board, Posted, shown
+from qresafe.dist.engines import drivers_node
 from qresafe.dist.metrics import send_to_ray
 from qresafe.dist.settings import defaults
 from qresafe.errors import ResourceError, UserError, located, place_of
@@ -27,6 +28,9 @@ from qresafe.stages.runtime import TrainJob, cpu_threads
 from qresafe.stages.train_engine import TrainEngine
 
 RETRIES = 3  # restarts of the worker group after a worker was lost
+# ... and after one could not start: on a host that is cut off, but not yet known to be. No more,
+# for a group that waits in vain for its resources counts too, after `wait_seconds`.
+START_RETRIES = 1
 
 
 class RankedJob(Protocol):
@@ -62,7 +66,7 @@ def run(
         ResourceError: Workers were lost again and again.
     """
     folder = UPath(Path(str(folder)).absolute()) if is_local(folder) else folder
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=drivers_node()).remote()
     config = {
         "job": job,
         "folder": folder,
@@ -137,7 +141,9 @@ def _trainer(
         run_config=RunConfig(
             name="ray",
             storage_path=str(folder / "work"),
-            failure_config=FailureConfig(max_failures=RETRIES, controller_failure_limit=0),
+            failure_config=FailureConfig(
+                max_failures=RETRIES, controller_failure_limit=START_RETRIES
+            ),
             logging_config=LoggingConfig("ERROR"),
             callbacks=list(callbacks),
         ),

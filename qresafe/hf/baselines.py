@@ -158,7 +158,7 @@ def trainer_arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
         "warmup_steps": spec.warmup_steps,
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": spec.gradient_checkpointing,
         "bf16": False,
         "use_cpu": not torch.cuda.is_available(),
         "seed": spec.seed,

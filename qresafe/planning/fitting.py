@@ -79,6 +79,8 @@ def _settings(spec: ExperimentSpec) -> Iterator[tuple[str, object]]:
         yield from _halved("evaluate.attack.batch_size", spec.evaluate.attack.batch_size)
     yield from _halved("pairs.batch_size", spec.pairs.batch_size)
     yield from _halved("patch.micro_batch_size", spec.patch.micro_batch_size)
+    if not spec.patch.gradient_checkpointing:
+        yield "patch.gradient_checkpointing", True
     yield from (("patch.zero_stage", stage) for stage in (2, 3) if stage > spec.patch.zero_stage)
     yield "control", False
     yield from _halved("patch.rank", spec.patch.rank)

@@ -14,7 +14,7 @@ from qresafe.errors import SpecError, nearest
 from qresafe.loading import read_yaml
 
 FILE = Path(__file__).with_name("hardware.yaml")
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 PROCESS = 0.5 * GIB  # of a process with torch and transformers, before it has a model
 WRITTEN = re.compile(r"(?:(?P<nodes>\d+)x)?(?P<each>\d+)x(?P<kind>[A-Za-z][\w-]*)")
 

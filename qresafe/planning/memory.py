@@ -148,24 +148,40 @@ def _graph(
     shape: ModelShape, how: Patching, batch: Batch, *, scored: bool = False
 ) -> dict[str, float]:
     """Return what autograd keeps of a forward pass, at the moment when most of it is there."""
-    width = shape.bytes
-    formed = width * shape.quantized if how.forms else 0.0
-    block = batch.tokens * _block_activations(shape, how)
     if how.checkpointing:
-        formed /= shape.blocks
-        block_inputs = width * batch.tokens * shape.hidden
-        activations = block + shape.blocks * block_inputs
-    else:
-        activations = shape.blocks * block
-    ends = batch.tokens * shape.hidden * (width + 4)  # embeddings, and the last norm's float32
-    logits = _loss(shape, batch, scored)
-    working = _working(shape, how, batch)
+        return _recomputed(shape, how, batch, scored=scored)
+    width = shape.bytes
     return {
-        FORMED: formed,
-        ACTIVATIONS: activations + ends,
+        FORMED: float(width * shape.quantized) if how.forms else 0.0,
+        ACTIVATIONS: shape.blocks * batch.tokens * _block_activations(shape, how)
+        + _ends(shape, batch),
         # The output head's are gone before the last block's backward pass needs room for its own.
-        LOGITS: max(logits, working),
+        LOGITS: max(_loss(shape, batch, scored), _working(shape, how, batch)),
     }
+
+
+def _recomputed(
+    shape: ModelShape, how: Patching, batch: Batch, *, scored: bool
+) -> dict[str, float]:
+    """Return the same where a block keeps its input only: at the loss, or in a block's gradient."""
+    width = shape.bytes
+    inputs = float(shape.blocks * width * batch.tokens * shape.hidden)
+    at_loss = {
+        FORMED: 0.0,
+        ACTIVATIONS: inputs + _ends(shape, batch),
+        LOGITS: _loss(shape, batch, scored),
+    }
+    in_block = {
+        FORMED: width * shape.quantized / shape.blocks if how.forms else 0.0,
+        ACTIVATIONS: inputs + batch.tokens * _block_activations(shape, how),
+        LOGITS: _working(shape, how, batch),
+    }
+    return max(at_loss, in_block, key=total)
+
+
+def _ends(shape: ModelShape, batch: Batch) -> float:
+    """Return the embeddings, and the last norm's float32."""
+    return float(batch.tokens * shape.hidden * (shape.bytes + 4))
 
 
 def _block_activations(shape: ModelShape, how: Patching) -> float:

@@ -277,9 +277,9 @@ class _Planner:
         parts = memory.patch(shape, how, batch, scoring)
         steps = steps_of(spec, self.rows.pool)
         flops = steps * spec.batch_size * sequences * columns * self._flops_per_token()
-        forming = (
-            6.0 * spec.rank * shape.quantized if how.forms and spec.trains != "scales" else 0.0
-        )
+        passes = 8.0 if spec.gradient_checkpointing else 6.0
+        forms = how.forms and spec.trains != "scales"
+        forming = passes * spec.rank * shape.quantized if forms else 0.0
         micros = math.ceil(spec.batch_size / self.workers / micro)
         flops += steps * micros * self.workers * forming
         renewals = 1 + (steps // spec.mask.remask_every if spec.mask.remask_every else 0)
@@ -304,10 +304,10 @@ class _Planner:
         return math.ceil(most / math.ceil(most / self.spec.patch.micro_batch_size))
 
     def _flops_per_token(self) -> float:
-        """Forward 2, input gradients 2, weight gradients 2 (of formed weights), per weight."""
+        """Forward 2 or twice 2, input gradients 2, weight gradients 2 (if formed), per weight."""
         spec = self.spec.patch
         formed = spec.mask.on == "weight" or spec.through_grid
-        return (4.0 + 2.0 * formed) * self.shape.parameters
+        return (4.0 + 2.0 * formed + 2.0 * spec.gradient_checkpointing) * self.shape.parameters
 
     def _group_size(self) -> int:
         size = getattr(self.spec.quantize, "group_size", 64)
@@ -333,6 +333,7 @@ def patching(
         accumulates=spec.batch_size > spec.micro_batch_size * workers,
         remasks=spec.mask.remask_every > 0,
         snip=spec.mask.score == "snip" and not plain and spec.trains != "scales",
+        checkpointing=spec.gradient_checkpointing,
         zero_stage=spec.zero_stage if distributed else 0,
         world_size=workers,
         device=device,

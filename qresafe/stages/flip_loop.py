@@ -30,6 +30,7 @@ from qresafe.core.grids import QuantizedTensor
 from qresafe.core.ladder import ladder_of
 from qresafe.errors import DivergedError
 from qresafe.hf.answer_head import AnswerHead
+from qresafe.hf.recompute import recompute_blocks
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
@@ -115,6 +116,8 @@ class FlipLoop:
             name: self.model.get_submodule(name).weight for name in self.layers
         }
         self.head = AnswerHead(self.model)
+        if spec.gradient_checkpointing:
+            recompute_blocks(self.model)
         self.history: list[dict[str, Any]] = []
         self._probe = self.loss.probe_rows()
         self._seen = 0  # tokens of this round

@@ -154,7 +154,9 @@ def patch(
 
 def key_spec(spec: PatchSpec) -> dict[str, Any]:
     """Return the part of a patch's spec that its bits depend on."""
-    left_out = {"checkpoint_every"} if spec.changes else {"checkpoint_every", "changes"}
+    left_out = {"checkpoint_every", "gradient_checkpointing"}
+    if not spec.changes:
+        left_out.add("changes")
     if spec.method != "flips":
         left_out.add("flips")
     if spec.trains == "codes":

@@ -25,6 +25,7 @@ from qresafe.core.patched import PatchedLinear
 from qresafe.errors import DivergedError, OutOfMemoryError, ResourceError
 from qresafe.failure import is_out_of_memory
 from qresafe.hf.answer_head import AnswerHead
+from qresafe.hf.recompute import recompute_blocks
 from qresafe.process_log import log
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
@@ -169,6 +170,8 @@ class PatchLoop:
             for kind, parameter in layer.trained.items()
         }
         self.head = AnswerHead(self.model)
+        if spec.gradient_checkpointing:
+            recompute_blocks(self.model)
         self.forward = engine.prepare(self.model, factors, spec)
         self.model.eval()  # no dropout: the reference log-probs were taken without
         self.steps = total_steps(len(self.pool), spec)

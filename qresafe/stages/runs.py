@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from upath import UPath
 
 from qresafe import failure, progress_file
-from qresafe.artifacts import Manifest, Run, client_errors, output_errors
+from qresafe.artifacts import Manifest, Run, client_errors, is_local, output_errors
 from qresafe.driver_lock import Driver, sole_driver, working
 from qresafe.errors import CorruptArtifactError, DataError, nearest
 from qresafe.failure import Failure
@@ -60,13 +60,17 @@ class StageFolder:
 
         Raises:
             CorruptArtifactError: The manifest is missing or unreadable.
+            ResourceError: Its storage cannot be used from here.
         """
-        try:
-            return Manifest.model_validate_json((self.path / "manifest.json").read_text())
-        except (OSError, ValidationError) as error:
-            remedy = f"delete {self.path} and run again"
-            where = str(self.path)
-            raise CorruptArtifactError("unreadable manifest", where=where, remedy=remedy) from error
+        path = self.path / "manifest.json"
+        # What else a remote storage's client raises says nothing of the file.
+        unreadable = OSError if is_local(path) else FileNotFoundError
+        with client_errors(path):
+            try:
+                return Manifest.model_validate_json(path.read_text())
+            except (unreadable, ValidationError, UnicodeDecodeError) as error:
+                told = {"where": str(self.path), "remedy": f"delete {self.path} and run again"}
+                raise CorruptArtifactError("unreadable manifest", **told) from error
 
 
 @dataclass

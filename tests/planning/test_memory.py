@@ -79,15 +79,29 @@ def test_a_larger_batch_takes_more_and_checkpointing_less() -> None:
     assert total(memory.patch(MODEL, again, Batch(64, 32, 960), BATCH)) < large
 
 
+def test_recomputed_blocks_keep_their_inputs_and_one_weight_set() -> None:
+    # 2,048 tokens, but few answers: the peak is in a block's gradient.
+    parts = memory.patch(
+        MODEL, replace(HOW, checkpointing=True, snip=False), Batch(64, 32, 1), BATCH
+    )
+    assert parts["rounded weights"] == 2 * MODEL.quantized / 3
+    inputs = 3 * 2 * 2048 * 64
+    plain = memory.patch(MODEL, replace(HOW, snip=False), Batch(64, 32, 1), BATCH)
+    ends = 2048 * 64 * (2 + 4)
+    assert parts["activations"] - inputs == (plain["activations"] - ends) / 3
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "even": shape(256, 704, 3, 4, 4, 2048),
     "wide": shape(512, 1792, 1, 8, 2, 1024),  # grouped key heads
     "words": shape(128, 352, 3, 2, 2, 16000),
+    "tall": shape(64, 176, 16, 2, 2, 512),
 }
 MEASURED = {
     "even, float32": ("even", patch_case("even", rows=2)),
     "wide, bfloat16": ("wide", patch_case("wide", rows=2, dtype="bfloat16")),
     "words, factors": ("words", patch_case("words", rows=2, on="factors", through_grid=False)),
+    "tall, recomputed": ("tall", patch_case("tall", answer=128, gradient_checkpointing=True)),
     "wide, generate": ("wide", generate_case("wide")),
 }
 

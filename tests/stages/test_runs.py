@@ -13,7 +13,7 @@ from upath import UPath
 from qresafe import driver_lock, progress_file
 from qresafe.artifacts import Artifact, Run
 from qresafe.driver_lock import Driver, sole_driver
-from qresafe.errors import DataError, ResourceError, UserError
+from qresafe.errors import CorruptArtifactError, DataError, ResourceError, UserError
 from qresafe.progress_file import RunProgress
 from qresafe.stages.runs import RunFolder, differences, find_runs, pick, plan_removal, remove
 
@@ -186,3 +186,24 @@ def test_an_unknown_run_names_its_neighbour(storage: str) -> None:
         one(storage, "demo")
     with pytest.raises(DataError, match="no run named"):
         one(storage, "../../etc")
+
+
+def test_a_manifest_that_cannot_be_read_is_not_one_that_is_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = make("memory://manifests", "a", "quantize", {"bits": 4})
+    (stage,) = one("memory://manifests").stages
+    assert stage.manifest().spec == {"bits": 4}
+    (made.path / "manifest.json").write_text("{")
+    with pytest.raises(CorruptArtifactError, match="unreadable manifest"):
+        stage.manifest()
+    (made.path / "manifest.json").unlink()
+    with pytest.raises(CorruptArtifactError, match="unreadable manifest"):
+        stage.manifest()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Access Denied")  # what s3fs makes of it
+
+    monkeypatch.setattr(type(stage.path.fs), "_open", refuse)
+    with pytest.raises(ResourceError, match=r"cannot be used \(PermissionError: Access Denied\)"):
+        stage.manifest()
