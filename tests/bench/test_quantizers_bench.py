@@ -12,7 +12,7 @@ from bench.quantizers import Found, Row, place, read_plan, rows, spec_of
 from qresafe.quantize_specs import QuantizeSpec
 
 
-@pytest.mark.parametrize("name", ["", "bounds"])
+@pytest.mark.parametrize("name", ["", "bounds", "low"])
 def test_every_row_of_the_plan_is_a_valid_spec_of_its_own(name: str) -> None:
     plan = list(rows(0, read_plan(name)))
     accepts = TypeAdapter(QuantizeSpec)
@@ -32,6 +32,19 @@ def test_the_bounds_plan_asks_as_it_says() -> None:
     assert more.evaluate.generate.system_prompt is None
     # LLM-QAT 4 widths and 2 epochs, QLoRA 3 epochs, 1 and 2 more; benign pairs 6 x 2 and 2 x 2
     assert len(by_label) == 6 + 6 + 12 + 4
+
+
+def test_the_low_plan_patches_each_quantizer_in_four_ways() -> None:
+    specs = [spec_of(row, "s") for row in rows(0, read_plan("low"))]
+    assert all(spec.quantize.keep_latent for spec in specs)
+    ways = [(spec.patch.start, spec.patch.trains) for spec in specs]
+    # LLM-QAT at 2 and 3 bits, and self-distilled at 2
+    assert {way: ways.count(way) for way in ways} == {
+        ("checkpoint", "codes"): 3,
+        ("latent", "codes"): 3,
+        ("checkpoint", "scales"): 3,
+        ("checkpoint", "both"): 3,
+    }
 
 
 def test_another_plan_has_its_own_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
