@@ -185,10 +185,10 @@ def test_scales_that_no_checkpoint_can_hold_are_refused(int2: Path) -> None:
     scale = scale_of(q0.read(q0.names[0]).grid)
     for bad, message in (
         (scale / 0, "not finite"),
-        (scale.half(), "not torch.float16"),
-        (scale[:-1], "invalid for input|not torch"),
+        (scale.half(), r"are torch\.float16 .*, not torch\.float32"),
+        (scale[:-1], r"\(63, 4\), not torch\.float32 \(64, 4\)"),
     ):
-        with pytest.raises((ModelError, RuntimeError), match=message):
+        with pytest.raises(ModelError, match=message):
             q0.rewrite(int2 / "no", {}, scales={q0.names[0]: bad})
     with pytest.raises(ModelError, match="no quantized layer"):
         q0.rewrite(int2 / "no", {}, scales={"other": scale})
