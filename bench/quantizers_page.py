@@ -75,13 +75,19 @@ def _table(whole: dict[str, Rows]) -> str:
     attack = [f"attack success {arm}" for arm in ARMS]
     refusal = [f"over-refusal {arm}" for arm in ("W", "Q0", "Q")]
     utility = [f"exact match {arm}" for arm in ("W", "Q0", "Q")]
-    head = ["quantizer", "bits", "kB", *attack, *refusal, *utility, "codes %", "s", "MB"]
+    changed = ["codes %", *(["scales %"] if _trained_scales(whole) else [])]
+    head = ["quantizer", "bits", "kB", *attack, *refusal, *utility, *changed, "s", "MB"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += [_line(label, rows) for label, rows in whole.items()]
+    lines += [_line(label, rows, len(changed) > 1) for label, rows in whole.items()]
     return "## Table\n\n" + "\n".join(lines)
 
 
-def _line(label: str, rows: Rows) -> str:
+def _trained_scales(whole: dict[str, Rows]) -> bool:
+    return any(one.scales_changed is not None for rows in whole.values() for one in rows)
+
+
+def _line(label: str, rows: Rows, with_scales: bool) -> str:
+    scales = _mean(rows, lambda one: one.scales_changed and 100 * one.scales_changed, 1)
     cells = [
         label,
         _mean(rows, lambda one: one.sizes["bits_per_weight"], 2),
@@ -90,6 +96,7 @@ def _line(label: str, rows: Rows) -> str:
         *(_share(rows, arm, "over_refusal") for arm in ("W", "Q0", "Q")),
         *(_share(rows, arm, "exact_match") for arm in ("W", "Q0", "Q")),
         _mean(rows, lambda one: one.codes_changed and 100 * one.codes_changed, 1),
+        *([scales] if with_scales else []),
         _mean(rows, lambda one: one.quantize_seconds, 0)
         + " + "
         + _mean(rows, lambda one: one.patch_seconds, 0),

@@ -18,6 +18,7 @@ from torch import Tensor
 from upath import UPath
 
 from qresafe.core.grids import QuantizedTensor
+from qresafe.core.scales import scale_of
 from qresafe.errors import ModelError
 from qresafe.hf.conv1d import conv1d_layers, straighten
 from qresafe.hf.formats.base import Codec, ScaleCodec
@@ -179,12 +180,16 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         """Return (name, value) of the stored tensor that holds a layer's scales.
 
         Raises:
-            ModelError: As `require_scales`, or a scale is not finite.
+            ModelError: As `require_scales`; an unknown layer; scales of another type or shape than
+                its grid has, or not finite.
         """
-        codec = self._scale_codec()
-        self.read(name)  # refuses an unknown layer
+        codec, where = self._scale_codec(), str(self.folder)
+        old = scale_of(self.read(name).grid, f"layer {name!r}")
+        if (scale.dtype, scale.shape) != (old.dtype, old.shape):
+            found, meant = (f"{one.dtype} {tuple(one.shape)}" for one in (scale, old))
+            raise ModelError(f"scales of {name} are {found}, not {meant}", where=where)
         if not torch.isfinite(scale).all():
-            raise ModelError(f"a scale of {name} is not finite", where=str(self.folder))
+            raise ModelError(f"a scale of {name} is not finite", where=where)
         return codec.pack_scale(name, scale)
 
     def _scale_codec(self) -> ScaleCodec:

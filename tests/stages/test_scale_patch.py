@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -183,10 +185,10 @@ def test_scales_that_no_checkpoint_can_hold_are_refused(int2: Path) -> None:
     scale = scale_of(q0.read(q0.names[0]).grid)
     for bad, message in (
         (scale / 0, "not finite"),
-        (scale.half(), "not torch.float16"),
-        (scale[:-1], "invalid for input|not torch"),
+        (scale.half(), r"are torch\.float16 .*, not torch\.float32"),
+        (scale[:-1], r"\(63, 4\), not torch\.float32 \(64, 4\)"),
     ):
-        with pytest.raises((ModelError, RuntimeError), match=message):
+        with pytest.raises(ModelError, match=message):
             q0.rewrite(int2 / "no", {}, scales={q0.names[0]: bad})
     with pytest.raises(ModelError, match="no quantized layer"):
         q0.rewrite(int2 / "no", {}, scales={"other": scale})
@@ -333,3 +335,40 @@ def test_scales_alone_from_disk_to_a_checkpoint(tiny_llama: Path, tmp_path: Path
     assert differing == {f"{name}.weight_scale" for name in before.names}
     qpatch.revert(q.path / "patch.qpatch", q.path / "checkpoint", tmp_path / "back")
     assert same_files(tmp_path / "back", Path(str(q0.path / "checkpoint")))
+
+
+def one_rank(rank: int, stage: int, folder: str) -> None:
+    """Run as one of two gloo processes under DeepSpeed."""
+    from qresafe.dist.train_engines import make_engine
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    spec = patch_spec(trains="both", scale_lr=2e-2, zero_stage=stage)
+    engine = make_engine(torch.device("cpu"), stage)
+    train_patch(engine, patch_inputs(spec), spec, UPath(folder), Silent())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_workers_train_what_one_does(stage: int, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=one_rank, args=(rank, stage, str(tmp_path))) for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    spec = patch_spec(trains="both", scale_lr=2e-2)
+    train_patch(LocalEngine(), patch_inputs(spec), spec, UPath(tmp_path / "one"), Silent())
+    for file in ("adapter", "scales"):
+        two, one = (
+            read_tensors(UPath(f / f"{file}.safetensors")) for f in (tmp_path, tmp_path / "one")
+        )
+        assert two.keys() == one.keys()
+        for name, tensor in one.items():  # sums over ranks round otherwise than one rank's
+            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
