@@ -225,7 +225,7 @@ class PatchSpec(Spec):
     rank: AtLeastOne = 16
     alpha: Positive = 32.0
     lr: Positive = 5e-4
-    scale_lr: Positive = 5e-3  # of a scale's relative change; warmed up and changed as lr is
+    scale_lr: Positive = 1e-2  # of a scale's relative change; warmed up and changed as lr is
     weight_decay: Weight = 0.0
     warmup_steps: Count = 5
     max_grad_norm: Positive = 1.0
