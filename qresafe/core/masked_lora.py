@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from qresafe.core.blocks import keyed_generator, row_blocks
 from qresafe.core.grids import QuantizedTensor
+from qresafe.core.masks import pack_rows, unpack_rows
 from qresafe.errors import ModelError, nearest
 
 Masks = tuple[Tensor, ...]  # (M,) of "weight"; (M_A over inputs, M_B over outputs) of "factors"
@@ -85,10 +86,20 @@ class MaskedLoraLinear(nn.Module, ABC):
     def _factors(self) -> tuple[Tensor, Tensor]:
         """The factors (rank, in), (out, rank) as they act."""
 
-    @property
     @abstractmethod
-    def _weight_mask(self) -> Tensor | None:
-        """The mask (out, in) of the product, if there is one."""
+    def _weight_mask(self, rows: slice) -> Tensor | None:
+        """The mask (rows, in) of some rows of the product, if there is one."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what re-masking changes besides the factors, by name; masks are bool."""
+        buffers = self.named_buffers(recurse=False)
+        return {kind: buffer for kind, buffer in buffers if kind != "codes0"}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        for kind, buffer in self.state().items():
+            buffer.copy_(state[kind])
 
     def effective_weight(self) -> Tensor:
         """Return Q (through the grid) or Q0 + delta (out, in), differentiable in A and B."""
@@ -99,7 +110,7 @@ class MaskedLoraLinear(nn.Module, ABC):
     def delta(self) -> Tensor:
         """Return the unrounded change M * (B A) alpha/rank, (out, in), float32."""
         A, B = self._factors()
-        return _masked_product(A, B, self._weight_mask, self.scaling)
+        return _masked_product(A, B, self._weight_mask(slice(None)), self.scaling)
 
     @torch.no_grad()
     def codes(self) -> Tensor:
@@ -120,15 +131,22 @@ class MaskedLoraLinear(nn.Module, ABC):
 
 
 class WeightMaskedLinear(MaskedLoraLinear):
-    """`mask.on: weight`: Q = snap(Q0 + M * (B A)); the change outside M is exactly 0."""
+    """`mask.on: weight`: Q = snap(Q0 + M * (B A)); the change outside M is exactly 0.
 
-    mask: Tensor
+    The mask lies in memory with 1 bit per weight and is unpacked block by block where it acts.
+    """
+
+    mask_bits: Tensor  # (out, ceil(in / 8))
 
     def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
         super().__init__(quantized, **options)
-        self.register_buffer(
-            "mask", torch.ones(self.shape, dtype=torch.bool, device=self.codes0.device)
-        )
+        ones = torch.ones(self.shape, dtype=torch.bool, device=self.codes0.device)
+        self.register_buffer("mask_bits", pack_rows(ones))
+
+    @property
+    def mask(self) -> Tensor:
+        """M (out, in), bool: a copy."""
+        return unpack_rows(self.mask_bits, self.in_features)
 
     @property
     def masks(self) -> Masks:
@@ -136,14 +154,19 @@ class WeightMaskedLinear(MaskedLoraLinear):
 
     def set_masks(self, masks: Masks) -> None:
         (mask,) = masks
-        self.mask.copy_(mask)
+        self.mask_bits.copy_(pack_rows(mask))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mask": self.mask}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.set_masks((state["mask"],))
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.B
 
-    @property
-    def _weight_mask(self) -> Tensor | None:
-        return self.mask
+    def _weight_mask(self, rows: slice) -> Tensor | None:
+        return unpack_rows(self.mask_bits[rows], self.in_features)
 
 
 class FactorMaskedLinear(MaskedLoraLinear):
@@ -191,8 +214,7 @@ class FactorMaskedLinear(MaskedLoraLinear):
             torch.where(self.mask_out[:, None], inside_B, self.B_anchor),
         )
 
-    @property
-    def _weight_mask(self) -> Tensor | None:
+    def _weight_mask(self, rows: slice) -> Tensor | None:
         return None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -284,14 +306,12 @@ class _FormedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor, layer: MaskedLoraLinear) -> Tensor:
-        mask = layer._weight_mask
-        ctx.save_for_backward(A, B, mask)
-        ctx.scaling = layer.scaling
+        ctx.save_for_backward(A, B)
+        ctx.layer = layer
         formed = torch.empty_like(layer.weight)
         grid = layer.grid
         for rows in row_blocks(*layer.shape, formed.device, grid.row_step):
-            part = None if mask is None else mask[rows]
-            change = _masked_product(A, B[rows], part, layer.scaling)
+            change = _masked_product(A, B[rows], layer._weight_mask(rows), layer.scaling)
             if layer.through_grid:
                 grid.rows(rows).snap_moved_(layer.codes0[rows], change)
             else:
@@ -301,12 +321,13 @@ class _FormedWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        A, B, mask = ctx.saved_tensors
+        A, B = ctx.saved_tensors
+        layer: MaskedLoraLinear = ctx.layer
         gradient = gradients[0].contiguous()
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
         for rows in row_blocks(B.shape[0], A.shape[1], gradient.device):
-            part = gradient[rows].to(A.dtype)
-            part = part if mask is None else part * mask[rows]
+            part, mask = gradient[rows].to(A.dtype), layer._weight_mask(rows)
+            part = part if mask is None else part * mask
             grad_B[rows] = part @ A.T
             grad_A.addmm_(B[rows].T, part)
-        return grad_A.mul_(ctx.scaling), grad_B.mul_(ctx.scaling), None
+        return grad_A.mul_(layer.scaling), grad_B.mul_(layer.scaling), None

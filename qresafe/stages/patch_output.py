@@ -43,12 +43,12 @@ def write_results(
             continue
         codes[name], delta[name] = layer.codes().cpu(), layer.delta().cpu()
         adapter |= {f"{name}.{kind}": getattr(layer, kind).detach().clone() for kind in ("A", "B")}
-        for kind, buffer in layer.named_buffers(recurse=False):
-            if buffer.dtype == torch.bool:
-                masks[f"{name}.{kind}"] = pack_bits(buffer)
-                shapes[f"{name}.{kind}"] = list(buffer.shape)
-            elif kind != "codes0":
-                adapter[f"{name}.{kind}"] = buffer
+        for kind, value in layer.state().items():
+            if value.dtype == torch.bool:
+                masks[f"{name}.{kind}"] = pack_bits(value)
+                shapes[f"{name}.{kind}"] = list(value.shape)
+            else:
+                adapter[f"{name}.{kind}"] = value
     if engine.rank:
         return
     write_tensors(folder / "adapter.safetensors", adapter)
