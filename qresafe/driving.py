@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -16,7 +16,7 @@ from qresafe.failure import failures_recorded, record_failure
 from qresafe.progress import Both, Progress
 from qresafe.progress_file import ProgressFile
 
-_leaving: list[Callable[[BaseException], None]] = []  # of each run that this process drives
+_driven: list[tuple[UPath, ProgressFile]] = []  # the runs that this process drives
 
 
 @contextmanager
@@ -38,28 +38,34 @@ def driving(root: UPath, progress: Progress) -> Iterator[Progress]:
         _terminated(),
         ProgressFile(root) as file,
         failures_recorded(root, file.stage),
-        _may_be_abandoned(root, file),
+        _listed(root, file),
     ):
         yield Both(progress, file)
 
 
+def forewarn(error: BaseException) -> None:
+    """Note in what this process drives why it may end without a word, from any thread.
+
+    The next success or failure replaces the note.
+    """
+    for root, file in tuple(_driven):
+        record_failure(root, error, file.stage())
+
+
 def abandon(error: BaseException) -> None:
     """Leave what this process drives as failed, from any thread, because the process ends now."""
-    for leave in tuple(_leaving):
-        leave(error)
+    forewarn(error)
+    for _, file in tuple(_driven):
+        file.close()
 
 
 @contextmanager
-def _may_be_abandoned(root: UPath, file: ProgressFile) -> Iterator[None]:
-    def leave(error: BaseException) -> None:
-        record_failure(root, error, file.stage())
-        file.close()
-
-    _leaving.append(leave)
+def _listed(root: UPath, file: ProgressFile) -> Iterator[None]:
+    _driven.append((root, file))
     try:
         yield
     finally:
-        _leaving.remove(leave)
+        _driven.remove((root, file))
 
 
 @contextmanager

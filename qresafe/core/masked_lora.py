@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from qresafe.core.blocks import keyed_generator
 from qresafe.core.grids import QuantizedTensor
+from qresafe.core.masks import pack_rows, unpack_rows
 from qresafe.core.patched import Factors, PatchedLinear, ScaledLinear
 from qresafe.errors import ModelError, nearest
 
@@ -78,25 +79,32 @@ class MaskedLoraLinear(PatchedLinear, ABC):
 
     def _product(self, factors: Factors, rows: slice) -> Tensor:
         A, B = factors
-        mask = self._weight_mask
+        mask = self._weight_mask(rows)
         change = (B[rows] * self.scaling) @ A
         change = change.to(torch.promote_types(change.dtype, torch.float32))
-        return change if mask is None else change.mul_(mask[rows])
+        return change if mask is None else change.mul_(mask)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 
 
 class WeightMaskedLinear(MaskedLoraLinear):
-    """`mask.on: weight`: Q = snap(start + M * (B A)); the change outside M is exactly 0."""
+    """`mask.on: weight`: Q = snap(start + M * (B A)); the change outside M is exactly 0.
 
-    mask: Tensor
+    The mask lies in memory with 1 bit per weight and is unpacked block by block where it acts.
+    """
+
+    mask_bits: Tensor  # (out, ceil(in / 8))
 
     def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
         super().__init__(quantized, **options)
-        self.register_buffer(
-            "mask", torch.ones(self.shape, dtype=torch.bool, device=self.codes0.device)
-        )
+        ones = torch.ones(self.shape, dtype=torch.bool, device=self.codes0.device)
+        self.register_buffer("mask_bits", pack_rows(ones))
+
+    @property
+    def mask(self) -> Tensor:
+        """M (out, in), bool: a copy."""
+        return unpack_rows(self.mask_bits, self.in_features)
 
     @property
     def masks(self) -> Masks:
@@ -104,14 +112,19 @@ class WeightMaskedLinear(MaskedLoraLinear):
 
     def set_masks(self, masks: Masks) -> None:
         (mask,) = masks
-        self.mask.copy_(mask)
+        self.mask_bits.copy_(pack_rows(mask))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mask": self.mask}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.set_masks((state["mask"],))
 
     def _factors(self) -> Factors:
         return self.A, self.B
 
-    @property
-    def _weight_mask(self) -> Tensor | None:
-        return self.mask
+    def _weight_mask(self, rows: slice) -> Tensor | None:
+        return unpack_rows(self.mask_bits[rows], self.in_features)
 
 
 class FactorMaskedLinear(MaskedLoraLinear):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qresafe.core.blocks import keyed_generator
 from qresafe.errors import ModelError
@@ -210,6 +212,32 @@ def magnitude_scores(weights: Mapping[str, Callable[[], Tensor]]) -> LazyScores:
         return lambda: weights[name]().detach().abs()
 
     return LazyScores({name: maker(name) for name in weights})
+
+
+def pack_rows(mask: Tensor) -> Tensor:
+    """Return a bool mask (rows, columns) as uint8 (rows, ceil(columns / 8)), on its device.
+
+    As `pack_bits`, but every row begins a byte, so that blocks of rows can be unpacked alone.
+    """
+    padded = F.pad(mask, (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
+    bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded << bits).sum(-1, dtype=torch.uint8)
+
+
+def unpack_rows(packed: Tensor, columns: int) -> Tensor:
+    """Return the bool mask (rows, columns) that `pack_rows` packed.
+
+    A byte's eight entries are looked up as one int64: a fifth of the time of shifting bits.
+    """
+    eights = _eights(packed.device).gather(0, packed.long().flatten())
+    return eights.view(torch.bool).view(len(packed), -1)[:, :columns]
+
+
+@cache
+def _eights(device: torch.device) -> Tensor:
+    """Return for every byte its bits, the lowest first, as eight bool side by side in an int64."""
+    bits = torch.arange(256, dtype=torch.uint8)[:, None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.contiguous().view(torch.int64).view(-1).to(device)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

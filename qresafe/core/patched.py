@@ -8,7 +8,7 @@ Q0's whatever its scale becomes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -76,13 +76,23 @@ class PatchedLinear(nn.Module, ABC):
         named = dict(self.named_parameters(recurse=False))
         return {name: named[name] for name in ("A", "B", "log_scale") if name in named}
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what re-masking changes besides `trained`, by name; masks are bool."""
+        buffers = self.named_buffers(recurse=False)
+        return {kind: buffer for kind, buffer in buffers if kind != "codes0"}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned."""
+        for kind, buffer in self.state().items():
+            buffer.copy_(state[kind])
+
     @abstractmethod
     def _factors(self) -> Factors | None:
         """The factors (rank, in), (out, rank) as they act; None where no code moves."""
 
-    @property
-    def _weight_mask(self) -> Tensor | None:
-        """The mask (out, in) of the factors' product, if there is one."""
+    def _weight_mask(self, rows: slice) -> Tensor | None:
+        """The mask (rows, in) of some rows of the factors' product, if there is one."""
         return None
 
     def _product(self, factors: Factors, rows: slice) -> Tensor:
@@ -191,13 +201,13 @@ class _FormedWeight(torch.autograd.Function):
             block = layer._form(factors, grid, rows)
             formed[rows] = block
         kept = None if log_scale is None else formed
-        ctx.save_for_backward(A, B, layer._weight_mask, kept)
+        ctx.save_for_backward(A, B, kept)
         ctx.layer = layer
         return formed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        A, B, mask, formed = ctx.saved_tensors
+        A, B, formed = ctx.saved_tensors
         layer, gradient = ctx.layer, gradients[0].contiguous()
         scale = None
         if formed is not None:
@@ -208,8 +218,8 @@ class _FormedWeight(torch.autograd.Function):
             return None, None, scale, None
         grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
         for rows in row_blocks(B.shape[0], A.shape[1], gradient.device):
-            part = gradient[rows].to(A.dtype)
-            part = part if mask is None else part * mask[rows]
+            part, mask = gradient[rows].to(A.dtype), layer._weight_mask(rows)
+            part = part if mask is None else part * mask
             grad_B[rows] = part @ A.T
             grad_A.addmm_(B[rows].T, part)
         return grad_A.mul_(layer.scaling), grad_B.mul_(layer.scaling), scale, None

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from qresafe.driving import abandon
+from qresafe.driving import abandon, forewarn
 from qresafe.errors import ResourceError
+from qresafe.integrity import tell
 
 LOOK_SECONDS = 2.0
 # Ray ends a driver without a word (exit code 1) when the head has not answered for so long. A
@@ -50,17 +51,19 @@ def watch_head() -> None:
     patience = OURS * float(os.environ.get(RAYS_PATIENCE, RAYS_SECONDS))
 
     def watch() -> None:
-        if lost(address, lambda: _joined(address), patience):
+        if lost(address, lambda: _joined(address), patience, lambda: _warn(address)):
             _leave(address, patience)
 
     threading.Thread(target=watch, name="head", daemon=True).start()
 
 
-def lost(address: str, joined: Callable[[], bool], patience: float) -> bool:
+def lost(
+    address: str, joined: Callable[[], bool], patience: float, silent_now: Callable[[], None]
+) -> bool:
     """Wait until the head does not answer for `patience` seconds; False: we are `joined` no more.
 
     The time counts from the first look without an answer: a driver that was stopped itself has
-    not looked.
+    not looked. At that look `silent_now` is called.
     """
     silent: float | None = None
     while joined():
@@ -68,6 +71,7 @@ def lost(address: str, joined: Callable[[], bool], patience: float) -> bool:
             silent = None
         elif silent is None:
             silent = time.monotonic()
+            silent_now()
         elif time.monotonic() - silent >= patience:
             return joined()
         time.sleep(LOOK_SECONDS)
@@ -85,6 +89,13 @@ def _answers(address: str) -> bool:
 
 def _joined(address: str) -> bool:
     return bool(ray.is_initialized() and ray.get_runtime_context().gcs_address == address)
+
+
+def _warn(address: str) -> None:
+    """Say it at once, too: a new head that knows nothing of us has Ray abort this process."""
+    error = ResourceError("the Ray cluster's head does not answer", where=address, remedy=REMEDY)
+    forewarn(error)
+    tell(str(error))
 
 
 def _leave(address: str, patience: float) -> None:

@@ -129,7 +129,7 @@ def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     gathered = shape.bytes * shape.quantized / shape.blocks if shards > 1 else 0
     scales = shape.quantized / how.group_size * (shape.bytes + 1)
     ends = sum(rows + columns for rows, columns in shape.linears)
-    masks = shape.quantized if how.on == "weight" else ends + 4 * factors
+    masks = shape.quantized / 8 if how.on == "weight" else ends + 4 * factors
     masks = 0 if how.trains == "scales" else masks
     masters = factors / how.world_size if how.zero_stage else 0  # DeepSpeed's flat copies
     found = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -213,18 +213,22 @@ class PatchLoop:
         self.step, self.history = meta["step"], meta["history"]
         self.mask_version = meta["mask_version"]
         self.engine.load_state(tensors, self.step)
-        for name, buffer in self._buffers():
-            stored = tensors[f"buffer/{name}"]
-            packed = buffer.dtype == torch.bool
-            buffer.copy_(unpack_bits(stored, tuple(buffer.shape)) if packed else stored)
+        for name, layer in self.layers.items():
+            layer.restore(
+                {
+                    kind: _unpacked(tensors[f"buffer/{name}.{kind}"], now)
+                    for kind, now in layer.state().items()
+                }
+            )
 
     def save(self, folder: UPath) -> None:
         """Write a checkpoint; collective, but only rank 0 writes."""
         tensors = dict(self.engine.state())
         if self.engine.rank:
             return
-        for name, buffer in self._buffers():
-            tensors[f"buffer/{name}"] = pack_bits(buffer) if buffer.dtype == torch.bool else buffer
+        for name, layer in self.layers.items():
+            for kind, value in layer.state().items():
+                tensors[f"buffer/{name}.{kind}"] = _packed(value)
         meta = {
             "mask_version": self.mask_version,
             "world_size": self.engine.world_size,
@@ -315,17 +319,19 @@ class PatchLoop:
             "codes_changed": changed,
         }
 
-    def _buffers(self) -> Iterable[tuple[str, Tensor]]:
-        """Masks, anchors and references: all that Algorithm 1 changes besides the factors."""
-        for name, layer in self.layers.items():
-            for kind, buffer in layer.named_buffers(recurse=False):
-                if kind != "codes0":
-                    yield f"{name}.{kind}", buffer
-
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             remedy = "lower patch.lr, or raise patch.warmup_steps; checkpoints so far are kept"
             raise DivergedError(f"the {what} is {value} at step {self.step + 1}", remedy=remedy)
+
+
+def _packed(value: Tensor) -> Tensor:
+    """Return a mask as bits; an anchor or a reference as it is."""
+    return pack_bits(value) if value.dtype == torch.bool else value
+
+
+def _unpacked(stored: Tensor, like: Tensor) -> Tensor:
+    return unpack_bits(stored, tuple(like.shape)) if like.dtype == torch.bool else stored
 
 
 def same_checkpoint(

@@ -50,12 +50,12 @@ def write_results(
         adapter |= {f"{name}.{kind}": p.detach().clone() for kind, p in layer.trained.items()}
         if layer.log_scale is not None:
             scales[name] = scale_of(layer.exported().grid)
-        for kind, buffer in layer.named_buffers(recurse=False):
-            if buffer.dtype == torch.bool:
-                masks[f"{name}.{kind}"] = pack_bits(buffer)
-                shapes[f"{name}.{kind}"] = list(buffer.shape)
-            elif kind != "codes0":
-                adapter[f"{name}.{kind}"] = buffer
+        for kind, value in layer.state().items():
+            if value.dtype == torch.bool:
+                masks[f"{name}.{kind}"] = pack_bits(value)
+                shapes[f"{name}.{kind}"] = list(value.shape)
+            else:
+                adapter[f"{name}.{kind}"] = value
     if engine.rank:
         return
     write_tensors(folder / "adapter.safetensors", adapter)

@@ -12,9 +12,11 @@ from qresafe.core.masks import (
     factor_masks,
     magnitude_scores,
     pack_bits,
+    pack_rows,
     random_scores,
     top_fraction,
     unpack_bits,
+    unpack_rows,
 )
 from qresafe.errors import ModelError
 
@@ -135,3 +137,13 @@ def test_bits_round_trip(rows, columns, seed):
     assert packed.numel() == -(-rows * columns // 8)
     assert torch.equal(unpack_bits(packed, (rows, columns)), mask)
     assert int(packed[0]) & 1 == int(np.asarray(mask).flat[0])
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 13, 64])
+def test_packed_rows_are_bits_that_blocks_of_rows_unpack(columns: int) -> None:
+    mask = torch.rand(5, columns, generator=torch.Generator().manual_seed(columns)) < 0.5
+    packed = pack_rows(mask)
+    assert packed.shape == (5, -(-columns // 8))
+    for row in range(5):  # numpy's own packing, row by row
+        assert packed[row].tolist() == pack_bits(mask[row]).tolist()
+    assert torch.equal(unpack_rows(packed[1:3], columns), mask[1:3])

@@ -42,10 +42,12 @@ def test_a_head_that_answers_again_is_not_lost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         lost_cluster.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds)
     )
-    assert lost_cluster.lost("head:1", lambda: True, patience=20)
+    told: list[float] = []
+    assert lost_cluster.lost("head:1", lambda: True, 20, lambda: told.append(clock[0]))
+    assert told == [4, 26]  # at the first look of each silence
     assert clock[0] == 2 * (2 + 10 + 1 + 10)  # the 11th failed look is 20 s after the first
     assert not looks
-    assert not lost_cluster.lost("head:1", lambda: False, patience=20)
+    assert not lost_cluster.lost("head:1", lambda: False, 20, lambda: None)
 
 
 LEFT = """

@@ -24,7 +24,7 @@ def test_what_lies_there_all_the_time() -> None:
     quantized = 3 * (4 * 64 * 64 + 3 * 160 * 64)
     assert parts["weights"] == 2 * (quantized + 2 * 96 * 64 + 7 * 64)
     assert parts["codes and scales"] == quantized + (2 + 1) * quantized / 64
-    assert parts["masks"] == quantized  # a byte for each
+    assert parts["masks"] == quantized / 8  # a bit for each
     assert parts["rounded weights"] == 2 * quantized  # autograd keeps each layer's
     factors = 3 * 8 * (4 * 128 + 3 * 224)
     assert parts["LoRA factors"] == 4 * factors
