@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-long unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-schedule bench-autoscale bench-hosts bench-transfer bench-plan audit clean
+.PHONY: install demo test test-long unit lint lock bench-demo bench-quantizers bench-search bench-flips bench-ablations bench-reproduce bench-speed bench-statistics bench-judges bench-gpu bench-hostile bench-faults bench-host-faults bench-schedule bench-autoscale bench-hosts bench-transfer bench-plan audit clean
 
 install: $(STAMP)
 
@@ -89,6 +89,10 @@ bench-hostile: install
 
 bench-faults: install
 	$(BIN)/python -m bench.faults
+
+# As root, with iproute2; with `--keep rocksdb` or `--keep redis` a head whose state is kept.
+bench-host-faults: install
+	$(BIN)/python -m bench.host_faults
 
 bench-judges: install
 	$(BIN)/python -m bench.judges

@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qresafe.loading import merged, read_yaml
+
+if TYPE_CHECKING:
+    from qresafe.specs import ExperimentSpec
 
 HERE = Path(__file__).parent
 AXES = ("harmful", "benign", "borderline")
@@ -120,20 +123,44 @@ def measure_rows(rows: Sequence[Row], split: str, storage: str, last_start: floa
 def experiment_of(row: Row, split: str, storage: str, device: str = "cpu") -> Any:
     """Return a row's experiment, in this process on `device`, one run per seed."""
     from qresafe.presets import load_experiment
+
+    given = {key: value for key, value in row.settings.items() if key != "label"}
+    base = load_experiment(row.preset)
+    return seeded(base, given, seed=row.seed, split=split, storage=storage, device=device)
+
+
+def seeded(
+    base: ExperimentSpec,
+    changes: Mapping[str, Any],
+    *,
+    seed: int,
+    split: str,
+    storage: str,
+    device: str = "cpu",
+) -> Any:
+    """Return an experiment on the embedded prompts, in this process, one run per seed.
+
+    Args:
+        base: What it is made from.
+        changes: Nested like the spec.
+        seed: Of all stages, and in the run's name.
+        split: Of the prompts, "dev" or "test".
+        storage: Where runs go.
+        device: A torch device.
+    """
     from qresafe.stages.experiment import Experiment
     from qresafe.stages.runtime import InProcessRuntime
     from qresafe.stages.seeds import with_seed
     from qresafe.variants import with_changes
 
     own = {
-        "name": f"seed{row.seed}",
+        "name": f"seed{seed}",
         "storage": storage,
         "evaluate": {"prompts": [{"axis": axis, "split": split} for axis in AXES]},
         "resources": {"workers": 0},
     }
-    given = {key: value for key, value in row.settings.items() if key != "label"}
-    spec = with_changes(load_experiment(row.preset), merged(own, given))
-    return Experiment(with_seed(spec, row.seed), InProcessRuntime(device))
+    spec = with_changes(base, merged(own, changes))
+    return Experiment(with_seed(spec, seed), InProcessRuntime(device))
 
 
 def measure(experiment: Any, scenario: str, label: str, arm: str) -> Cell:

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import psutil
 import ray.util
@@ -20,6 +22,25 @@ RAY = str(Path(sys.executable).with_name("ray"))
 PORTS = ["port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port",
          "dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port",
          "ray-client-server-port"]  # fmt: skip
+
+
+class Cluster(Protocol):
+    """What faults hit: `Head`, or hosts of this machine (bench/host_faults.py)."""
+
+    def start(self) -> None:
+        """Start what does not run, and wait until it takes drivers."""
+
+    def environment(self) -> dict[str, str]:
+        """Return what its drivers run with."""
+
+    def processes(self, *titles: str) -> list[psutil.Process]:
+        """Return its running processes whose title holds one of `titles`, by process id."""
+
+    def popen(self, words: Sequence[str], log: BinaryIO) -> subprocess.Popen[Any]:
+        """Start a driver on this cluster, with its output in `log`."""
+
+    def end(self) -> None:
+        """End it and all that it started."""
 
 
 class Head:
@@ -100,6 +121,10 @@ class Head:
             return []
         found = [p for p in family(self._process.pid) if any(t in title(p) for t in titles)]
         return sorted(found, key=lambda process: process.pid)
+
+    def popen(self, words: Sequence[str], log: BinaryIO) -> subprocess.Popen[Any]:
+        """Start a driver on this cluster, with its output in `log`."""
+        return subprocess.Popen(words, stdout=log, stderr=log, env=self.environment())
 
     def end(self) -> None:
         """End it and all that it started."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Literal
 
 import psutil
 
-from bench.fault_head import Head, is_dead
+from bench.fault_head import Cluster, is_dead
 from bench.fault_runs import Workload
 
-Deed = Literal["kill", "pause", "freeze", "flip", "cut"]
+Deed = Literal["kill", "pause", "freeze", "flip", "cut", "unplug", "isolate", "restart"]
 PAUSE_SECONDS = (1.0, 8.0)  # how long a paused process is stopped
 HEAD = {"raylet": ("raylet",), "head": ("gcs_server", "raylet")}
 DAMAGED = ("*.parquet", "*.safetensors", "*.json", "*.jsonl", "DONE")
@@ -29,8 +29,10 @@ class Kind:
     Attributes:
         deed: "kill": SIGKILL; "pause": SIGSTOP, and SIGCONT some seconds later; "freeze":
             SIGSTOP, and SIGKILL some seconds later; "flip" and "cut": the driver is killed, and a
-            file of its run gets one bit flipped, or loses its end.
-        target: "driver", "raylet", "head", "file", or one of the workload's targets.
+            file of its run gets one bit flipped, or loses its end. Of hosts (host_faults.py):
+            "unplug": off the network for seconds; "isolate": until Ray has given it up, then back;
+            "restart": killed, and started again at the same address.
+        target: "driver", "raylet", "head", "host", "file", or one of the workload's targets.
     """
 
     deed: Deed
@@ -43,6 +45,9 @@ class Kind:
             "freeze": "{} stopped, then killed",
             "flip": "driver killed, and a bit of a {} flipped",
             "cut": "driver killed, and a {} cut off",
+            "unplug": "{} cut off the network for seconds",
+            "isolate": "{} cut off the network until Ray gave it up, and back",
+            "restart": "{} killed and started again",
         }
         name = "head (GCS and raylet)" if self.target == "head" else self.target
         return told[self.deed].format(name)
@@ -66,9 +71,18 @@ class Fault:
         workload: What runs.
     """
 
-    def __init__(self, kind: Kind, draw: random.Random, head: Head, workload: Workload) -> None:
+    def __init__(self, kind: Kind, draw: random.Random, head: Cluster, workload: Workload) -> None:
         self.kind, self._draw, self._head, self._workload = kind, draw, head, workload
         self.hit = ""  # what was hit; empty: nothing was there
+
+    def moment(self, lasted: Mapping[str, float], baseline: float) -> float:
+        """Return how many seconds after its victims have come up it happens.
+
+        Args:
+            lasted: For each target, how long before the fault-free end it came up.
+            baseline: How long the fault-free run took.
+        """
+        return self._draw.uniform(0, lasted.get(self.kind.target, baseline))
 
     def victims(self, driver: int) -> list[psutil.Process]:
         """Return the processes that this kind of fault could hit now."""

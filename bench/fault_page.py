@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -28,6 +29,25 @@ def page(results: Sequence[Result], seed: int) -> str:
     return "\n\n".join([_head(results, seed), _table(results), _words(results)]) + "\n"
 
 
+def host_page(results: Sequence[Result]) -> str:
+    """Return docs/reliability/host-faults.md."""
+    good = sum(survived(result) for result in results)
+    head = (
+        "# Faults of whole hosts\n\n"
+        f"Made by `python -m bench.host_faults` (last on {datetime.date.today()}): {_machine()}. "
+        "Three hosts, each a network namespace of this machine: a head that computes nothing, and "
+        "two with a CPU each that share a folder; the driver runs on the first of these. "
+        "*Cut off*: its link is down, nothing of it dies. *Until Ray gave it up*: its node is "
+        "counted as dead, its work goes elsewhere or waits; back on the network its raylet ends, "
+        "and is started again as a supervisor would. *Killed and started again*: every process of "
+        "the head's host, and a head at the same address at once.\n\n"
+        f"**{good} of {len(results)} faults ended in the fault-free result, row by row.** A "
+        "command that fails is run again, as in [faults.md](faults.md), which explains the columns."
+    )
+    rows = [replace(each, kind=f"{each.workload}: {each.kind}") for each in results]
+    return "\n\n".join([head, _table(rows), _words(rows)]) + "\n"
+
+
 def survived(result: Result) -> bool:
     """Return whether the command ended well at last, with the fault-free result."""
     return result.ended and not result.difference
@@ -38,16 +58,12 @@ def _head(results: Sequence[Result], seed: int) -> str:
     alone = sum(survived(result) and result.runs == 1 for result in results)
     lost = sum(result.difference.lost for result in results)
     doubled = sum(result.difference.doubled for result in results)
-    memory = psutil.virtual_memory().total / 2**30
     commands = collections.Counter(result.workload for result in results)
     told = ", ".join(f"{count} in {name}" for name, count in sorted(commands.items()))
-    load = os.getloadavg()[2]
     return (
         "# Random faults\n\n"
         f"Made by `make bench-faults` (seed {seed}) on {datetime.date.today()}: "
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB, load average "
-        f"{load:.0f} over the last quarter of an hour, ray {ray.__version__}, "
-        f"torch {torch.__version__}.\n\n"
+        f"{_machine()}.\n\n"
         f"**{good} of {len(results)} faults ({told}) ended in the fault-free result; {lost} rows "
         f"lost, {doubled} doubled.** {alone} were got over without running the command again.\n\n"
         "Each fault hits one command (`qresafe generate`, `patch` on two Ray workers, or `search` "
@@ -57,6 +73,15 @@ def _head(results: Sequence[Result], seed: int) -> str:
         "address, without what its GCS knew. *Survived*: at last it ended well, and completions, "
         "weights, codes, step records or trials equal those of a run without faults, row by row. "
         "*Extra time* is against that run; on a busy machine it has a wide spread."
+    )
+
+
+def _machine() -> str:
+    memory, load = psutil.virtual_memory().total / 2**30, os.getloadavg()[2]
+    return (
+        f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB, load average "
+        f"{load:.0f} over the last quarter of an hour, ray {ray.__version__}, "
+        f"torch {torch.__version__}"
     )
 
 

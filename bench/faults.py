@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.fault_head import Head, end, family
+from bench.fault_head import Cluster, Head, end, family
 from bench.fault_kinds import Fault, Kind, kinds_for
 from bench.fault_runs import (
     WORKLOADS,
@@ -41,6 +41,7 @@ from bench.fault_runs import (
 PAGE = Path(__file__).parents[1] / "docs" / "reliability" / "faults.md"
 RUNS = 6  # a command is given up after so many
 PATIENCE = 4  # a command that takes so many times the fault-free time, and ...
+TRACES = ("[", "/", "***")  # how the lines of Ray's own aborts begin
 GRACE = 90.0  # ... so many seconds more, hangs: the supervisor kills it
 
 
@@ -76,20 +77,21 @@ class Result:
 
 
 class Bench:
-    """A head, the common stages, and what comes out without faults.
+    """A cluster, the common stages, and what comes out without faults.
 
     Args:
         folder: Short path for everything.
+        cluster: What the faults hit; default: a head of our own.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._head = folder, Head(folder / "h")
+    def __init__(self, folder: Path, cluster: Cluster | None = None) -> None:
+        self._folder, self._head = folder, cluster or Head(folder / "h")
         folder.mkdir(parents=True, exist_ok=True)
         self._base = prepare(folder, self._head.environment())
         self._expected: dict[str, tuple[Rows, float, dict[str, float]]] = {}
 
     def close(self) -> None:
-        """End the head."""
+        """End the cluster."""
         self._head.end()
 
     def fault_free(self, workload: Workload) -> tuple[Rows, float, dict[str, float]]:
@@ -112,13 +114,15 @@ class Bench:
             self._expected[workload.name] = rows, ended - began, lasted
         return self._expected[workload.name]
 
-    def hit(self, workload: Workload, kind: Kind, draw: random.Random) -> Result | None:
+    def hit(
+        self, workload: Workload, kind: Kind, draw: random.Random, make: type[Fault] = Fault
+    ) -> Result | None:
         """Run a workload with one fault; None: it had ended before the fault could hit it."""
         rows, baseline, lasted = self.fault_free(workload)
         self._head.start()
         run = fresh(self._base, self._folder / "hit", workload)
-        fault = Fault(kind, draw, self._head, workload)
-        moment = draw.uniform(0, lasted.get(kind.target, baseline))
+        fault = make(kind, draw, self._head, workload)
+        moment = fault.moment(lasted, baseline)
         began, runs, hangs, said = time.monotonic(), 0, 0, list[str]()
         after, code = 0.0, -1
         while code and runs < RUNS:
@@ -140,12 +144,11 @@ class Bench:
         return Result(workload.name, str(kind), fault.hit, round(after, 1), runs, hangs,
                       code == 0, found, round(seconds, 1), round(baseline, 1), said)  # fmt: skip
 
-    def _start(self, workload: Workload, storage: Path) -> subprocess.Popen[bytes]:
+    def _start(self, workload: Workload, storage: Path) -> subprocess.Popen[Any]:
         with open(self._folder / "driver.log", "wb") as log:
-            words, environment = command(workload, storage), self._head.environment()
-            return subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+            return self._head.popen(command(workload, storage), log)
 
-    def _watch(self, driver: subprocess.Popen[bytes], baseline: float) -> tuple[int, bool]:
+    def _watch(self, driver: subprocess.Popen[Any], baseline: float) -> tuple[int, bool]:
         try:
             return driver.wait(PATIENCE * baseline + GRACE), False
         except subprocess.TimeoutExpired:
@@ -156,10 +159,11 @@ class Bench:
 
     def _said(self) -> str:
         lines = (self._folder / "driver.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "nothing"
+        words = [line for line in lines if not line.startswith(TRACES)]
+        return words[-1][:300] if words else "nothing"
 
 
-def wait_for(fault: Fault, driver: subprocess.Popen[bytes], moment: float) -> None:
+def wait_for(fault: Fault, driver: subprocess.Popen[Any], moment: float) -> None:
     """Wait until there is what the fault hits, then for its moment."""
     while not fault.victims(driver.pid) and driver.poll() is None:
         time.sleep(0.05)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.demo import seeded
 from bench.quantizers import AXES, shares
 from qresafe.artifacts import content_key, write_text
 
@@ -150,26 +151,16 @@ def measure(row: Row, storage: str, last_start: float) -> None:
 def experiment_of(row: Row, storage: str) -> Any:
     """Return the row's experiment, in this process; flips are looked at on the way."""
     from qresafe.specs import ExperimentSpec
-    from qresafe.stages.experiment import Experiment
     from qresafe.stages.probe import Probe, choose_prompts
-    from qresafe.stages.runtime import InProcessRuntime
-    from qresafe.stages.seeds import with_seed
-    from qresafe.variants import with_changes
 
     own = {
-        "name": f"seed{row.seed}",
-        "storage": storage,
         "control": False,
         "quantize": dict(GRIDS[row.grid]),
         "patch": {"method": row.method} | row.patch,
-        "evaluate": {
-            "prompts": [{"axis": axis, "split": row.split} for axis in AXES],
-            "adapter": False,
-        },
-        "resources": {"workers": 0},
+        "evaluate": {"adapter": False},
     }
-    spec = with_seed(with_changes(ExperimentSpec(), own), row.seed)
-    made = Experiment(spec, InProcessRuntime())
+    made = seeded(ExperimentSpec(), own, seed=row.seed, split=row.split, storage=storage)
+    spec = made.spec
     if row.method == "flips":
         asked = choose_prompts(made.prompts, AXES, LOOK_AT)
         judges = tuple(name for name in spec.evaluate.judges if isinstance(name, str))

@@ -93,7 +93,7 @@ def _joined(address: str) -> bool:
 
 def _warn(address: str) -> None:
     """Say it at once, too: a new head that knows nothing of us has Ray abort this process."""
-    error = ResourceError("the Ray cluster's head does not answer", where=address, remedy=REMEDY)
+    error = ResourceError(f"the Ray cluster's head at {address} does not answer", remedy=REMEDY)
     forewarn(error)
     tell(str(error))
 
