@@ -24,6 +24,7 @@ LEAVES |= {
     "leftovers",
     "redaction",
     "failure",
+    "memory",
     "progress_file",
     "driving",
     "metrics",

@@ -18,6 +18,7 @@ from upath import UPath
 
 import qresafe
 from qresafe.artifacts import is_local, write_text
+from qresafe.memory import free_memory
 from qresafe.specs import ExperimentSpec
 
 GIB = 2**30
@@ -142,31 +143,12 @@ def gpus(wanted: float) -> Check:
 
 def memory() -> Check:
     """Free memory, within the container's limit where there is one."""
-    import psutil
-
-    free, limit = psutil.virtual_memory().available, _container_limit()
-    free = min(free, limit) if limit else free
+    free = free_memory()
     detail = f"{free / GIB:.1f} GiB free, {os.cpu_count()} CPUs"
     if free >= MEMORY_WANTED:
         return Check("memory", "ok", detail)
     remedy = "end other programs, or run without Ray: --workers 0"
     return Check("memory", "warn", f"{detail}; the demo on Ray wants 8 GiB", remedy)
-
-
-def _container_limit() -> int | None:
-    """Return what a cgroup leaves free in bytes, or None outside of one."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such cgroup, or "max"
-            continue
-    return None
 
 
 def disk(storage: str) -> Check:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,77 @@ def calls_of(model: nn.Module, block: nn.Module, batches: Iterable[Batch]) -> li
             except _Reached:
                 continue
     return calls
+
+
+class Passage:
+    """The calls of one block after the other on all batches, so that each block runs once.
+
+    Models call their blocks with masks and positions that do not depend on the hidden states, and
+    hand these from block to block. So the calls are recorded once, with blocks that hand on what
+    they get; then hidden states go through one block at a time.
+
+    Args:
+        model: The whole model; the first of its blocks runs once.
+        blocks: All its blocks, in their order.
+        batches: At least one.
+
+    Raises:
+        ModelError: The model does something to the hidden states between two blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], batches: list[Batch]) -> None:
+        self._calls = _recorded(model, blocks, batches)
+        self._hidden = [calls[0].args[0] for calls in self._calls]
+
+    def calls(self, number: int) -> list[Call]:
+        """Return the calls of the block that is next, the `number`th."""
+        frames = [calls[number] for calls in self._calls]
+        return [
+            Call((hidden, *frame.args[1:]), frame.kwargs, frame.mask)
+            for hidden, frame in zip(self._hidden, frames, strict=True)
+        ]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def pass_through(self, number: int, block: nn.Module) -> None:
+        """Put a block's outputs in the place of its inputs."""
+        self._hidden = [call.on(block) for call in self.calls(number)]
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _recorded(
+    model: nn.Module, blocks: Sequence[nn.Module], batches: list[Batch]
+) -> list[list[Call]]:
+    """Return every block's call by batch, all of them with the first one's hidden states."""
+    first = calls_of(model, blocks[0], batches[:1])[0]
+    in_tuple = isinstance(blocks[0](*first.args, **first.kwargs), tuple)
+    found: list[list[Call]] = []
+
+    def hand_on(*args: Any, **kwargs: Any) -> Any:
+        if not args or (found[-1] and found[-1][-1].args[0] is not args[0]):
+            what = "the model changes hidden states between its blocks"
+            raise ModelError(what, remedy="use quantize.method: gptq")
+        found[-1].append(Call(args, kwargs, batch.mask))
+        return (args[0],) if in_tuple else args[0]
+
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_standing_in(block, hand_on))
+        for batch in batches:
+            found.append([])
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+    return found
+
+
+@contextmanager
+def _standing_in(block: nn.Module, forward: Any) -> Iterator[None]:
+    own = block.__dict__.get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
 
 
 def second_moments(

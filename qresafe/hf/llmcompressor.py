@@ -16,11 +16,12 @@ from compressed_tensors.utils import patch_attr
 
 from qresafe.errors import ModelError, ResourceError
 from qresafe.hf.checkpoint import built_aside
-from qresafe.hf.models import load_model
+from qresafe.hf.offloaded import within_memory
 from qresafe.hf.writing import copy_sidecars, linear_layers, refuse_infinite
 from qresafe.progress import Progress
 
 Settings = Mapping[str, Any]
+SHARD = "1GB"  # of the quantized model: a file of it is held, and once more while it is written
 NOTHING_SCALED = "No error metrics were collected"  # llm-compressor's words, as a mere warning
 
 
@@ -37,8 +38,9 @@ def compress(
 ) -> list[str]:
     """Write a compressed-tensors checkpoint of a full-precision model.
 
-    The model is in memory as a whole, on the CPU; one block at a time goes to the GPU if there is
-    one, with the activations of all sequences between two blocks.
+    The model is on the CPU, or on disk where it is too large (`qresafe.hf.offloaded`); one block
+    at a time goes to the GPU if there is one, else to memory, with the activations of all
+    sequences between two blocks. Of the quantized model, one file of it is in memory at a time.
 
     Args:
         target: Local folder to make.
@@ -67,8 +69,8 @@ def compress(
     ignore = [name for name in linear_layers(source) if name not in set(layers)]
     scheme = {"config_groups": {"group_0": group}, "ignore": ignore}
     modifiers = _modifiers(recipe, scheme)
-    with _quiet() as told:
-        model = load_model(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _quiet() as told, within_memory(source, target.parent) as model:
         for name in layers:
             refuse_infinite(name, model.get_submodule(name).weight)
         calibrated = _batches(sequences) if sequences else None
@@ -77,7 +79,7 @@ def compress(
             what = "AWQ finds no layer that could take another's scales, and would only round"
             raise ModelError(what, where=str(source), remedy="use quantize.method: gptq or rtn")
         with built_aside(target) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=SHARD)
             (folder / "recipe.yaml").unlink()  # the manifest has all of it
             copy_sidecars(source, folder)
     return told

@@ -201,6 +201,7 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
     classifier: bool = False,
+    scratch: Path | None = None,
 ) -> Any:
     """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
 
@@ -213,9 +214,10 @@ def load_model(
     Args:
         path: Model folder; a remote one is downloaded once.
         dtype: "auto" (what the checkpoint says), a torch dtype or its name.
-        device: A torch device, e.g. "cpu" or "cuda:0".
+        device: A torch device, e.g. "cpu" or "cuda:0"; or "disk", see `qresafe.hf.offloaded`.
         trust_remote_code: Run Python code that comes with the model.
         classifier: The model is a sequence classifier instead.
+        scratch: Folder for weights that change, on device "disk".
 
     Raises:
         ModelError: transformers cannot load it, or would fill missing weights at random.
@@ -231,7 +233,9 @@ def load_model(
     if reason := decoded_because(read_config(folder)):
         return load_decoded(folder, dtype, device, reason)
     on_numba = runs_on_numba(read_config(folder), device)
-    placed = {} if device == "cpu" else {"device_map": {"": device}}
+    placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+    if scratch is not None:
+        placed |= {"offload_folder": str(scratch), "offload_buffers": True}
     gguf = gguf_file(folder)
     try:
         model, loaded = kind.from_pretrained(

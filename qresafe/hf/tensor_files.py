@@ -95,7 +95,7 @@ class TensorFiles(Mapping[str, Tensor]):
             raise ModelError(what, where=str(folder))
         with (folder / entry.file).open("r+b") as file:
             file.seek(entry.begin)
-            file.write(_bytes(value))
+            file.write(data_of(value))
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -135,6 +135,7 @@ def _entry(file: str, value: dict[str, object], *, start: int, size: int) -> Ent
     return Entry(file, dtype, shape, begin, end)
 
 
-def _bytes(value: Tensor) -> bytes:
+def data_of(value: Tensor) -> memoryview:
+    """Return a tensor's bytes as they are stored."""
     flat = value.detach().cpu().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())

@@ -1,11 +1,10 @@
 """Model folders written tensor by tensor: quantized ones, and decoded ones in full precision.
 
-One shard is in memory at a time, so models larger than memory pass through.
+One tensor is in memory at a time, so models larger than memory pass through.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,21 +23,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qresafe.core.grids import QuantizedTensor, UniformGrid
-from qresafe.errors import ModelError, ResourceError
+from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, built_aside
 from qresafe.hf.conv1d import conv1d_layers
 from qresafe.hf.models import (
     ADAPTER_CONFIG,
     CONTENT,
     WEIGHTS,
-    check_folder,
     load_config,
     read_config,
-    refuse_missing,
 )
+from qresafe.hf.shards import INDEX, write_shards
 from qresafe.hf.tensor_files import TensorFiles
 
-INDEX = "model.safetensors.index.json"
 LATENTS = "latents.safetensors"
 KV_LAYERS = ("re:.*k_proj$", "re:.*v_proj$")
 FORMAT = "pack-quantized"  # compressed-tensors packs every width from 2 to 8 bits densely
@@ -159,40 +156,6 @@ def write_dense(
     config = read_config(checkpoint.folder)
     del config["quantization_config"]
     _write(target, files, convert, config)
-
-
-def write_bitsandbytes(target: Path, source: Path, options: Mapping[str, Any]) -> None:
-    """Write a bitsandbytes checkpoint, quantized by the library itself.
-
-    The model is saved before any forward pass: on CPUs with AVX512-BF16 the first one repacks
-    4-bit weights, and what is saved afterwards is silently wrong.
-
-    Args:
-        target: Local folder to make.
-        source: The full-precision model.
-        options: Of transformers' `BitsAndBytesConfig`.
-
-    Raises:
-        ResourceError: bitsandbytes is not installed.
-    """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ResourceError("bitsandbytes is not installed", remedy="pip install bitsandbytes")
-    check_folder(source)
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        source,
-        quantization_config=BitsAndBytesConfig(**options),
-        dtype="auto",
-        device_map={"": "cuda:0" if torch.cuda.is_available() else "cpu"},
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    refuse_missing(loaded, source)
-    with built_aside(target) as folder:
-        model.save_pretrained(folder)
-        copy_sidecars(source, folder)
 
 
 @dataclass(frozen=True)
@@ -352,16 +315,7 @@ def _write(
     config: Mapping[str, Any],
 ) -> None:
     with built_aside(target) as folder:
-        weight_map: dict[str, str] = {}
-        total = 0
-        for file, names in files.by_file().items():
-            shard = {new: value for name in names for new, value in convert(name).items()}
-            save_file(shard, str(folder / file), metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, file)
-            total += sum(value.nbytes for value in shard.values())
-        if (files.folder / INDEX).is_file():
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
+        write_shards(folder, files, convert)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
         copy_sidecars(files.folder, folder)
 

@@ -21,9 +21,10 @@ from qresafe.core.additive_fit import AdditiveFit, FitSettings, fit_additive
 from qresafe.core.blocks import keyed_generator
 from qresafe.embedded.calibration import calibration_chats
 from qresafe.errors import ModelError
-from qresafe.hf.block_calls import Call, batches_of, calls_of, decoder_blocks, second_moments
+from qresafe.hf.block_calls import Call, Passage, batches_of, decoder_blocks, second_moments
 from qresafe.hf.chat import chat_ids
-from qresafe.hf.models import load_model, load_tokenizer
+from qresafe.hf.models import load_tokenizer
+from qresafe.hf.offloaded import in_memory, within_memory
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import AqlmLayer, meta_model, write_aqlm
 from qresafe.progress import Progress, Silent
@@ -44,8 +45,8 @@ def quantize(
 ) -> QuantizeResult:
     """Write `target/checkpoint`, which transformers loads through `aqlm`; see `Quantizer`.
 
-    Memory: the model in float32, and one block's calibration inputs, second moments (in, in) and,
-    while it is tuned, gradients. Every block runs the blocks before it once more.
+    Memory: the model in float32, or one block of it where that is too much, and the calibration
+    inputs of a block, second moments (in, in) and, while it is tuned, gradients.
 
     Raises:
         ModelError: A layer's inputs are no multiple of the group, it has fewer groups than a
@@ -57,10 +58,11 @@ def quantize(
     shown = progress or Silent()
     shown.start("quantize", len(names), "layers")
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    model = load_model(source, dtype=torch.float32, device=device).requires_grad_(False)
     sequences = _sequences(source, spec)
-    work = _Work(model, names, spec, stored_dtype(source, names), shown)
-    work.run(batches_of(sequences, spec.batch_size, 0, device))
+    target.mkdir(parents=True, exist_ok=True)
+    with within_memory(source, target, dtype=torch.float32, device=device) as model:
+        work = _Work(model, names, spec, stored_dtype(source, names), shown)
+        work.run(batches_of(sequences, spec.batch_size, 0, device))
     write_aqlm(target / CHECKPOINT, source, work.layers, work.norms, _scheme(spec))
     weights = sum(layer.codes.shape[0] * layer.width for layer in work.layers.values())
     size = sum(layer.nbytes for layer in work.layers.values())
@@ -119,17 +121,22 @@ class _Work:
         self.losses: dict[str, float] = {}
 
     def run(self, batches: list[Any]) -> None:
-        for name, block in self.blocks.items():
-            calls = calls_of(self.model, block, batches)
-            modules = {layer: self.model.get_submodule(layer) for layer in self.names[name]}
-            moments, outputs = second_moments(block, modules, calls)
-            fits = {layer: self._fit(layer, modules[layer], moments[layer]) for layer in modules}
-            norms = norms_of(block)
-            if self.spec.finetune_steps and fits:
-                inner = {layer.removeprefix(f"{name}."): fit for layer, fit in fits.items()}
-                tune(block, inner, norms, calls, outputs, self.spec)
-                self.norms |= {f"{name}.{norm}": value.data for norm, value in norms.items()}
-            self._settle(modules, fits)
+        passage = Passage(self.model, list(self.blocks.values()), batches)
+        for number, (name, block) in enumerate(self.blocks.items()):
+            with in_memory(block):
+                self._quantize(name, block, passage.calls(number))
+                passage.pass_through(number, block)
+
+    def _quantize(self, name: str, block: nn.Module, calls: list[Call]) -> None:
+        modules = {layer: self.model.get_submodule(layer) for layer in self.names[name]}
+        moments, outputs = second_moments(block, modules, calls)
+        fits = {layer: self._fit(layer, modules[layer], moments[layer]) for layer in modules}
+        norms = norms_of(block)
+        if self.spec.finetune_steps and fits:
+            inner = {layer.removeprefix(f"{name}."): fit for layer, fit in fits.items()}
+            tune(block, inner, norms, calls, outputs, self.spec)
+            self.norms |= {f"{name}.{norm}": value.data for norm, value in norms.items()}
+        self._settle(modules, fits)
 
     def _fit(self, name: str, module: Any, moment: Tensor) -> AdditiveFit:
         if not torch.isfinite(module.weight).all() or not torch.isfinite(moment).all():

@@ -26,7 +26,7 @@ def quantize(
 ) -> QuantizeResult:
     """Write `target/checkpoint` in compressed-tensors' format; see `Quantizer`.
 
-    The model must fit into memory, with one block's inputs for all sequences.
+    Memory: W, or one block of it where that is too much, and its inputs for all sequences.
 
     Raises:
         ResourceError: llm-compressor is not installed.

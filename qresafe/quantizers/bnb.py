@@ -8,9 +8,8 @@ from typing import Any
 
 from qresafe.errors import ModelError
 from qresafe.hf.bnb_layers import BLOCK, ROWS, packs_for_the_cpu, replaced_layers, skips
-from qresafe.hf.checkpoint import QuantizedCheckpoint
-from qresafe.hf.writing import write_bitsandbytes
-from qresafe.progress import Progress
+from qresafe.hf.bnb_writing import write_bitsandbytes
+from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import BnbSpec
 from qresafe.quantizers.base import (
     CHECKPOINT,
@@ -32,21 +31,23 @@ def quantize(
 ) -> QuantizeResult:
     """Write `target/checkpoint` in bitsandbytes' format; see `Quantizer`.
 
-    Not layer by layer: transformers loads and saves the model as a whole, which takes the memory
-    of W and of the quantized model.
+    One tensor of W is in memory at a time; see `write_bitsandbytes` for the exception.
 
     Raises:
         ResourceError: bitsandbytes is not installed.
-        ModelError: The model cannot be loaded, or a layer does not fit.
+        ModelError: The model cannot be loaded, or a layer does not fit, or is not finite.
         SpecError: `skip` names what the model does not have.
     """
     source = local_folder(model_path)
-    planned(source, spec)
-    write_bitsandbytes(target / CHECKPOINT, source, _options(spec))
-    return QuantizeResult({"layers": len(QuantizedCheckpoint.open(target / CHECKPOINT))})
+    names = planned(source, spec)
+    shown = progress or Silent()
+    shown.start("quantize", len(names), "layers")
+    write_bitsandbytes(target / CHECKPOINT, source, options(spec), shown.advance)
+    return QuantizeResult({"layers": len(names)})
 
 
-def _options(spec: BnbSpec) -> dict[str, Any]:
+def options(spec: BnbSpec) -> dict[str, Any]:
+    """Return a spec as the settings of transformers' `BitsAndBytesConfig`."""
     skip = {"llm_int8_skip_modules": list(spec.skip)}  # of all formats, in spite of its name
     if spec.format == "int8":
         return skip | {"load_in_8bit": True}

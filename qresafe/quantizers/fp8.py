@@ -25,7 +25,7 @@ def quantize(
 ) -> QuantizeResult:
     """Write `target/checkpoint` in compressed-tensors' format; see `Quantizer`.
 
-    Only static activations look at data. The model must fit into memory.
+    Only static activations look at data. Memory: W, or one block of it where that is too much.
 
     Raises:
         ResourceError: llm-compressor is not installed.

@@ -22,7 +22,8 @@ def quantize(
 ) -> QuantizeResult:
     """Write `target/checkpoint` in compressed-tensors' format; see `Quantizer`.
 
-    The model must fit into memory; each layer of a block takes 4 bytes x inputs^2 more.
+    Memory: W, or one block of it where that is too much; each layer of a block takes 4 bytes x
+    inputs^2 more.
 
     Raises:
         ResourceError: llm-compressor is not installed.

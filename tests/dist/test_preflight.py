@@ -94,7 +94,7 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, free: float, status: str, tmp_pat
 
 
 def test_memory_counts_the_container_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "_container_limit", lambda: 2 * GIB)
+    monkeypatch.setattr("qresafe.memory.container_room", lambda: 2 * GIB)
     check = preflight.memory()
     assert check.status == "warn"
     assert "2.0 GiB free" in check.detail
