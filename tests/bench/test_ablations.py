@@ -85,11 +85,12 @@ def test_overlaps_are_counted_code_by_code(tmp_path: Path, monkeypatch: pytest.M
     name = "model.layers.1.self_attn.q_proj"
     kept = {"a": {name: [1, 5, 9, 12]}, "b": {name: [5, 9, 13, 14, 15]}, "none": {}}
 
-    def read(path: Path) -> tuple[None, dict[str, SparseDiff]]:
-        return None, {
+    def read(path: Path) -> tuple[None, qpatch.Changes]:
+        codes = {
             layer: SparseDiff(20, torch.tensor(at), torch.ones(len(at), dtype=torch.int8))
             for layer, at in kept[path.name].items()
         }
+        return None, qpatch.Changes(codes, scales={})
 
     monkeypatch.setattr(qpatch, "read", read)
     # Of a's 4 codes 5 and 9 are b's too; b changes 5 of the layer's 20.
