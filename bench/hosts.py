@@ -25,11 +25,10 @@ from pathlib import Path
 
 from upath import UPath
 
-from bench.host_runs import ROOT, SETTINGS, command, results, seconds
+from bench.host_runs import ROOT, SETTINGS, TIMEOUT, command, results, seconds
 
 OUT = ROOT / "docs" / "reliability" / "hosts.md"
 LOAD = [*SETTINGS, "pairs.harmful=48", "patch.steps=8"]
-TIMEOUT = 3600.0
 
 
 @dataclass(frozen=True)

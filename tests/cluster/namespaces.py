@@ -249,7 +249,9 @@ def _remove(bridge: str) -> None:
     names = json.loads(_ip("-json", "netns", "list").stdout or "[]")
     for name in [each["name"] for each in names if each["name"].startswith(f"{bridge}-")]:
         _kill(name)
-        _ip("netns", "del", name, check=False)  # and the veth pair with it
+        # By itself: with its namespace the kernel would take it some time later.
+        _ip("link", "del", name.replace("-", "v"), check=False)
+        _ip("netns", "del", name, check=False)
     shutil.rmtree(_folder(bridge), ignore_errors=True)
     _ip("link", "del", bridge, check=False)  # last: others may take the name from now on
 
