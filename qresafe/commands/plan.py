@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +35,7 @@ def plan(
     Nothing is downloaded: shapes come from a local folder or a table of known models.
     """
     from qresafe.dist.capacity import found_cluster
+    from qresafe.planning.bases import bases
     from qresafe.planning.fitting import require_fit
     from qresafe.planning.hardware import hardware as read_hardware
     from qresafe.planning.hardware import parse_cluster
@@ -44,10 +46,14 @@ def plan(
     known = read_hardware(hardware) if hardware else read_hardware()
     on = parse_cluster(cluster, known) if cluster else found_cluster(spec.resources, known)
     made = make_plan(spec, shape_of(spec.model), on)
+    choice = bases(spec, made)
     if as_json:
-        typer.echo(json.dumps(made.as_data(), indent=1))
+        ways = {} if choice is None else {"codes": asdict(choice)}
+        typer.echo(json.dumps(made.as_data() | ways, indent=1))
     else:
         _tell(made, known.as_of)
+        if choice is not None:
+            typer.echo(choice.text)
     require_fit(spec, made)
 
 

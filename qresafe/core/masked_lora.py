@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from qresafe.core.blocks import keyed_generator
 from qresafe.core.grids import QuantizedTensor
 from qresafe.core.masks import pack_rows, unpack_rows
-from qresafe.core.patched import Factors, PatchedLinear, ScaledLinear
+from qresafe.core.patched import Factors, FrozenLinear, PatchedLinear
 from qresafe.errors import ModelError, nearest
 
 Layer = TypeVar("Layer", bound=PatchedLinear)
@@ -59,7 +59,7 @@ class MaskedLoraLinear(PatchedLinear, ABC):
         **options: Any,
     ) -> None:
         super().__init__(quantized, name=name, **options)
-        device = self.weight.device
+        device = self.packed.device
         self.rank, self.scaling = rank, alpha / rank
         start = torch.randn(rank, self.in_features, generator=keyed_generator(seed, name))
         self.A = nn.Parameter((start / math.sqrt(self.in_features)).to(device))
@@ -98,7 +98,7 @@ class WeightMaskedLinear(MaskedLoraLinear):
 
     def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
         super().__init__(quantized, **options)
-        ones = torch.ones(self.shape, dtype=torch.bool, device=self.codes0.device)
+        ones = torch.ones(self.shape, dtype=torch.bool, device=self.packed.device)
         self.register_buffer("mask_bits", pack_rows(ones))
 
     @property
@@ -143,7 +143,7 @@ class FactorMaskedLinear(MaskedLoraLinear):
 
     def __init__(self, quantized: QuantizedTensor, **options: Any) -> None:
         super().__init__(quantized, **options)
-        device = self.codes0.device
+        device = self.packed.device
         for name, size in (("mask_in", self.in_features), ("mask_out", self.out_features)):
             self.register_buffer(name, torch.ones(size, dtype=torch.bool, device=device))
         for name, factor in (("A", self.A), ("B", self.B)):
@@ -202,8 +202,9 @@ def attach(
     """Replace the named linear layers by patched ones, and freeze all but what they train.
 
     Args:
-        model: Q0 with de-quantized weights in plain `nn.Linear` modules; changed in place.
-        quantized: Module name -> its grid and codes.
+        model: Q0 with plain `nn.Linear` modules, whose weights count for nothing in the named
+            layers; changed in place.
+        quantized: Module name -> its grid and codes; may read them on access.
         rank: r of the factors.
         alpha: The change is scaled by alpha / rank.
         on: What the mask is over.
@@ -230,18 +231,23 @@ def attach(
     return _replace(model, quantized, make)
 
 
-def attach_scales(
-    model: nn.Module, quantized: Mapping[str, QuantizedTensor], scale_rate: float
-) -> dict[str, ScaledLinear]:
-    """Replace the named linear layers by ones that train their scales alone; see `attach`.
+def attach_frozen(
+    model: nn.Module, quantized: Mapping[str, QuantizedTensor], scale_rate: float | None = None
+) -> dict[str, FrozenLinear]:
+    """Replace the named linear layers by ones whose codes stay; see `attach`.
+
+    Args:
+        model: As in `attach`.
+        quantized: As in `attach`.
+        scale_rate: Train the scales, see `PatchedLinear`; None: nothing is trained.
 
     Raises:
         ModelError: A name is not a linear layer of the model, or has another shape, or its grid
             has no scales to train.
     """
 
-    def make(name: str, tensor: QuantizedTensor, **shared: Any) -> ScaledLinear:
-        return ScaledLinear(tensor, name=name, scale_rate=scale_rate, **shared)
+    def make(name: str, tensor: QuantizedTensor, **shared: Any) -> FrozenLinear:
+        return FrozenLinear(tensor, name=name, scale_rate=scale_rate, **shared)
 
     return _replace(model, quantized, make)
 
@@ -250,11 +256,10 @@ def _replace(
     model: nn.Module, quantized: Mapping[str, QuantizedTensor], make: Callable[..., Layer]
 ) -> dict[str, Layer]:
     modules = dict(model.named_modules())
-    for name, tensor in quantized.items():
-        _check(name, tensor, modules)
     model.requires_grad_(False)
     layers: dict[str, Layer] = {}
     for name, tensor in quantized.items():
+        _check(name, tensor, modules)
         linear = modules[name]
         made = make(name, tensor, bias=linear.bias, dtype=linear.weight.dtype)
         layers[name] = made.to(linear.weight.device)

@@ -1,8 +1,8 @@
 """A quantized linear layer in training: what its codes and scales would be, if exported now.
 
-`MaskedLoraLinear` moves codes, and scales along with them if asked to; `ScaledLinear` moves scales
-alone. Codes move on Q0's own grid and scales only decode them, so a code that has no change is
-Q0's whatever its scale becomes.
+`MaskedLoraLinear` moves codes, and scales along with them if asked to; `FrozenLinear` moves scales
+alone, or nothing. Codes move on Q0's own grid and scales only decode them, so a code that has no
+change is Q0's whatever its scale becomes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from qresafe.core.blocks import row_blocks
 from qresafe.core.grids import Grid, QuantizedTensor
 from qresafe.core.latent import latent_offset
+from qresafe.core.packed import pack_codes, unpack_codes
 from qresafe.core.scales import rescaled, scale_of, sum_by_scale, unrounded_scale, with_scale
 
 Factors = tuple[Tensor, Tensor]
@@ -25,6 +26,9 @@ Factors = tuple[Tensor, Tensor]
 
 class PatchedLinear(nn.Module, ABC):
     """A frozen quantized linear layer with a trainable change.
+
+    Q0 lies in memory as codes at their own width; its decoded weight is kept beside them only
+    where the forward pass does not round, and so adds to it.
 
     Args:
         quantized: Q0's grid and codes, (out, in).
@@ -41,8 +45,8 @@ class PatchedLinear(nn.Module, ABC):
         ModelError: `latent` does not round to Q0's codes, or the grid has no scales to train.
     """
 
-    weight: Tensor
-    codes0: Tensor
+    weight: Tensor  # (out, in), or empty where it is not kept: its dtype is the layer's
+    packed: Tensor  # of `pack_codes`; a parameter, so that ZeRO-3 shards it
     log_scale: Tensor | None
 
     def __init__(
@@ -58,12 +62,17 @@ class PatchedLinear(nn.Module, ABC):
     ) -> None:
         super().__init__()
         where = f"layer {name!r}"
-        start = quantized.dense() if latent is None else latent
         self.out_features, self.in_features = self.shape = quantized.grid.shape
         self.through_grid, self.grid = through_grid, quantized.grid
-        self.register_buffer("codes0", quantized.codes)
+        packed = pack_codes(quantized.codes, quantized.grid)
+        self.packed = nn.Parameter(packed, requires_grad=False)
         self.offset = None if latent is None else latent_offset(quantized, latent, where)
-        self.weight = nn.Parameter(start.to(dtype), requires_grad=False)
+        if through_grid:
+            empty = torch.empty(0, dtype=dtype or quantized.grid.dtype, device=packed.device)
+            self.register_buffer("weight", empty, persistent=False)
+        else:
+            start = quantized.dense() if latent is None else latent
+            self.weight = nn.Parameter(start.to(dtype), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.scale_rate, self.log_scale = scale_rate, None
         if scale_rate is not None:
@@ -79,13 +88,18 @@ class PatchedLinear(nn.Module, ABC):
     def state(self) -> dict[str, Tensor]:
         """Return what re-masking changes besides `trained`, by name; masks are bool."""
         buffers = self.named_buffers(recurse=False)
-        return {kind: buffer for kind, buffer in buffers if kind != "codes0"}
+        return {kind: buffer for kind, buffer in buffers if kind != "weight"}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned."""
         for kind, buffer in self.state().items():
             buffer.copy_(state[kind])
+
+    @property
+    def codes0(self) -> Tensor:
+        """Q0's codes, as the grid's `code_shape` says."""
+        return unpack_codes(self.packed, self.grid)
 
     @abstractmethod
     def _factors(self) -> Factors | None:
@@ -114,19 +128,21 @@ class PatchedLinear(nn.Module, ABC):
         what they change of Q0's weight.
         """
         change = self._change()
-        change = torch.zeros(self.shape, device=self.codes0.device) if change is None else change
+        change = torch.zeros(self.shape, device=self.packed.device) if change is None else change
         if self.log_scale is None:
             return change
         scale = unrounded_scale(self.grid, self._log_change())
         wide = self.grid.to(dtype=torch.float32)
-        moved = with_scale(wide, scale).decode(self.codes0)
-        return change.add_(moved.sub_(wide.decode(self.codes0)))
+        codes = self.codes0
+        moved = with_scale(wide, scale).decode(codes)
+        return change.add_(moved.sub_(wide.decode(codes)))
 
     @torch.no_grad()
     def codes(self) -> Tensor:
         """Return the codes of snap(Q0 + change), (out, in): what the export writes."""
         change = self._change()
-        return self.codes0 if change is None else self.grid.move(self.codes0, change)
+        codes = self.codes0
+        return codes if change is None else self.grid.move(codes, change)
 
     @torch.no_grad()
     def exported(self) -> QuantizedTensor:
@@ -139,9 +155,9 @@ class PatchedLinear(nn.Module, ABC):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PatchedLinear:
         # Grid and offset are no buffers, because `model.bfloat16()` must not round them.
         super()._apply(fn, recurse)
-        self.grid = self.grid.to(device=self.codes0.device)
+        self.grid = self.grid.to(device=self.packed.device)
         if self.offset is not None:
-            self.offset = self.offset.to(self.codes0.device)
+            self.offset = self.offset.to(self.packed.device)
         return self
 
     def _log_change(self) -> Tensor:
@@ -161,7 +177,8 @@ class PatchedLinear(nn.Module, ABC):
 
     def _form(self, factors: Factors | None, grid: Grid, rows: slice) -> Tensor:
         """Return a block of rows of the acting weight; `grid` is the one of the export."""
-        codes, grid = self.codes0[rows], grid.rows(rows)
+        grid = grid.rows(rows)
+        codes = unpack_codes(self.packed[rows], grid)
         if factors is None:
             return grid.decode(codes)
         change = self._product(factors, rows)
@@ -174,17 +191,14 @@ class PatchedLinear(nn.Module, ABC):
         return grid.decode(self.grid.rows(rows).move(codes, change))
 
 
-class ScaledLinear(PatchedLinear):
-    """`trains: scales`: no code moves."""
-
-    def __init__(self, quantized: QuantizedTensor, *, scale_rate: float, **options: Any) -> None:
-        super().__init__(quantized, scale_rate=scale_rate, **options)
+class FrozenLinear(PatchedLinear):
+    """No code moves: `trains: scales`, or without a `scale_rate` Q0 itself, decoded as it acts."""
 
     def _factors(self) -> Factors | None:
         return None
 
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, scales only"
+        return f"in={self.in_features}, out={self.out_features}, codes stay"
 
 
 class _FormedWeight(torch.autograd.Function):
@@ -194,7 +208,7 @@ class _FormedWeight(torch.autograd.Function):
     def forward(
         ctx: Any, A: Tensor | None, B: Tensor | None, log_scale: Tensor | None, layer: PatchedLinear
     ) -> Tensor:
-        formed = torch.empty_like(layer.weight)
+        formed = torch.empty(layer.shape, dtype=layer.weight.dtype, device=layer.packed.device)
         grid = layer._exported_grid()
         factors = None if A is None or B is None else (A, B)
         for rows in row_blocks(*layer.shape, formed.device, layer.grid.row_step):

@@ -114,15 +114,24 @@ class QuantizedCheckpoint(Mapping[str, QuantizedTensor]):
         taken = {part for name in self.names for part in self.codec.tensors(name)}
         return [name for name in self.files if name not in taken]
 
-    def dense_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return all weights as floats, under the names of the full-precision model."""
+    def dense_state_dict(
+        self, dtype: torch.dtype | None = None, *, shells: bool = False
+    ) -> dict[str, Tensor]:
+        """Return all weights as floats, under the names of the full-precision model.
+
+        Args:
+            dtype: Of the weights; None for the checkpoint's own.
+            shells: Give quantized weights as zeros that take no memory.
+        """
         wanted = dtype or self.dtype
         plain = {name: self.files[name] for name in self.plain_names()}
         state = {name: t.to(wanted) if t.is_floating_point() else t for name, t in plain.items()}
         across = conv1d_layers(self.folder)
         for name in self.names:
-            weight = self.read(name).dense().to(wanted)
-            state[f"{name}.weight"] = weight.T.contiguous() if name in across else weight
+            layer = self.read(name)
+            empty = torch.zeros((), dtype=wanted).expand(layer.grid.shape)
+            weight = empty if shells else layer.dense().to(wanted)
+            state[f"{name}.weight"] = _turned(weight) if name in across else weight
         return state
 
     def rewrite(
@@ -267,6 +276,10 @@ def bits_per_weight(path: str | Path | UPath, also: Sequence[str] = ()) -> float
     return 8 * size / weights
 
 
+def _turned(weight: Tensor) -> Tensor:
+    return weight.T.contiguous() if weight.is_contiguous() else weight.T  # a shell stays one
+
+
 def load_dense(
     path: str | Path | UPath, dtype: torch.dtype | None = None
 ) -> tuple[Any, dict[str, QuantizedTensor]]:
@@ -281,15 +294,32 @@ def load_dense(
         and every quantized layer's grid and codes by module name.
     """
     checkpoint = QuantizedCheckpoint.open(path)
+    model = _load(checkpoint, dtype, shells=False)
+    return model, {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def load_frame(path: str | Path | UPath) -> tuple[Any, QuantizedCheckpoint]:
+    """Load a quantized checkpoint without its quantized weights: what `attach` starts from.
+
+    Returns:
+        The HF model as `load_dense` makes it, in which the weights of the quantized layers are
+        zeros that take no memory, and the checkpoint, which reads a layer when it is asked.
+    """
+    checkpoint = QuantizedCheckpoint.open(path)
+    return _load(checkpoint, None, shells=True), checkpoint
+
+
+def _load(checkpoint: QuantizedCheckpoint, dtype: torch.dtype | None, *, shells: bool) -> Any:
     wanted = dtype or checkpoint.dtype
-    model = model_from_state(checkpoint.folder, checkpoint.dense_state_dict(wanted), wanted)
+    state = checkpoint.dense_state_dict(wanted, shells=shells)
+    model = model_from_state(checkpoint.folder, state, wanted)
     straighten(model, checkpoint.names)
     modules = dict(model.named_modules())
     lost = [name for name in checkpoint.names if name not in modules]
     if lost:
         what = f"the loaded model has no module {lost[0]}"
         raise ModelError(what, where=str(checkpoint.folder), remedy="use a plain causal LM")
-    return model, {name: checkpoint.read(name) for name in checkpoint.names}
+    return model
 
 
 def model_from_state(folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> Any:

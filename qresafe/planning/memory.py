@@ -60,6 +60,7 @@ class Patching:
         on: What the mask is over.
         through_grid: Whether the forward pass rounds.
         group_size: Weights per scale.
+        bits: Of a code in memory; codes of 8 and more are not packed.
         accumulates: Whether a step has several micro-batches, so that gradients wait.
         remasks: Whether masks are renewed once the optimizer has its state.
         snip: Whether masks come from SNIP.
@@ -75,6 +76,7 @@ class Patching:
     on: Literal["weight", "factors"] = "weight"
     through_grid: bool = True
     group_size: int = 128
+    bits: float = 4
     accumulates: bool = False
     remasks: bool = True
     snip: bool = True
@@ -89,6 +91,11 @@ class Patching:
     def forms(self) -> bool:
         """Whether a whole weight is formed in every forward pass."""
         return self.on == "weight" or self.through_grid
+
+    @property
+    def keeps(self) -> bool:
+        """Whether decoded weights are kept beside the codes: where nothing rounds them again."""
+        return not self.through_grid and self.trains == "codes"
 
 
 def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Parts:
@@ -125,16 +132,17 @@ def _trained(shape: ModelShape, how: Patching) -> float:
 def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     """Return what lies there from beginning to end."""
     factors, shards = 4.0 * _trained(shape, how), how.world_size if how.zero_stage == 3 else 1
-    weights = shape.bytes * shape.parameters / shards
-    gathered = shape.bytes * shape.quantized / shape.blocks if shards > 1 else 0
+    codes = how.bits / 8 * shape.quantized
+    kept = shape.bytes * shape.quantized if how.keeps else 0
+    gathered = (codes + kept) / shape.blocks if shards > 1 else 0
     scales = shape.quantized / how.group_size * (shape.bytes + 1)
     ends = sum(rows + columns for rows, columns in shape.linears)
     masks = shape.quantized / 8 if how.on == "weight" else ends + 4 * factors
     masks = 0 if how.trains == "scales" else masks
     masters = factors / how.world_size if how.zero_stage else 0  # DeepSpeed's flat copies
     found = {
-        WEIGHTS: weights + gathered,
-        CODES: shape.quantized * (5.0 if how.latent else 1.0) + scales,
+        WEIGHTS: (kept + shape.bytes * shape.other) / shards + gathered,
+        CODES: codes / shards + (4.0 * shape.quantized if how.latent else 0.0) + scales,
         MASKS: float(masks),
         ADAPTER: factors / shards + masters,
     }
@@ -156,7 +164,7 @@ def _graph(
         ACTIVATIONS: shape.blocks * batch.tokens * _block_activations(shape, how)
         + _ends(shape, batch),
         # The output head's are gone before the last block's backward pass needs room for its own.
-        LOGITS: max(_loss(shape, batch, scored), _working(shape, how, batch)),
+        LOGITS: max(_loss(shape, batch, scored), _working(shape, how, batch, scored)),
     }
 
 
@@ -174,7 +182,7 @@ def _recomputed(
     in_block = {
         FORMED: width * shape.quantized / shape.blocks if how.forms else 0.0,
         ACTIVATIONS: inputs + batch.tokens * _block_activations(shape, how),
-        LOGITS: _working(shape, how, batch),
+        LOGITS: _working(shape, how, batch, scored),
     }
     return max(at_loss, in_block, key=total)
 
@@ -212,9 +220,11 @@ def _loss(shape: ModelShape, batch: Batch, scored: bool) -> float:
     return float(shape.vocabulary * (answers * entropy + (0 if scored else batch.kl * divergence)))
 
 
-def _working(shape: ModelShape, how: Patching, batch: Batch) -> float:
+def _working(shape: ModelShape, how: Patching, batch: Batch, scored: bool) -> float:
     """Return what a block's backward pass needs besides what the forward pass kept."""
-    gradients = shape.bytes * batch.tokens * (shape.hidden + 3 * shape.feed_forward)
+    gradients = float(shape.bytes * batch.tokens * (shape.hidden + 3 * shape.feed_forward))
+    if scored:  # no weight has a gradient then
+        return gradients
     formed = shape.bytes * shape.largest if how.forms else 0
     return gradients + formed + _block(shape, how) * 8
 
@@ -253,7 +263,14 @@ def generate(
     }
 
 
-def score(shape: ModelShape, batch: Batch, *, cached: bool, log_probs: int) -> Parts:
+def score(
+    shape: ModelShape,
+    batch: Batch,
+    *,
+    cached: bool,
+    log_probs: int,
+    weights: float | None = None,
+) -> Parts:
     """Return the parts of a forward pass that reads log-probabilities.
 
     Args:
@@ -261,11 +278,12 @@ def score(shape: ModelShape, batch: Batch, *, cached: bool, log_probs: int) -> P
         batch: What is read.
         cached: Whether the model fills a cache on the way.
         log_probs: float32 copies of the logits that are held together.
+        weights: Bytes of the loaded model, where it is not dense.
     """
     width = shape.bytes
     cache = 2 * shape.kv_heads * shape.head_dim * width * batch.tokens * shape.blocks
     return {
-        WEIGHTS: float(width * shape.parameters),
+        WEIGHTS: float(width * shape.parameters if weights is None else weights),
         CACHE: float(cache if cached else 0),
         ACTIVATIONS: _forward(shape, batch.tokens),
         LOGITS: float(batch.answers * shape.vocabulary * (width + 4 * log_probs)),

@@ -12,7 +12,7 @@ from qresafe.planning.hardware import GIB, Cluster
 from qresafe.planning.memory import WEIGHTS, Batch, Parts, Patching
 from qresafe.planning.shapes import ModelShape
 from qresafe.planning.workload import Assumptions, Workload, assumptions, steps_of, workload
-from qresafe.quantize_specs import Critical16Spec, LlmQatSpec
+from qresafe.quantize_specs import AqlmSpec, BnbSpec, Critical16Spec, LlmQatSpec
 from qresafe.specs import ExperimentSpec, PatchSpec
 
 SECONDS = 3600.0
@@ -254,7 +254,12 @@ class _Planner:
         columns = self.known.prompt_tokens + pairs.max_new_tokens
         sequences = 2 * pairs.batch_size
         batch = Batch(sequences, columns, sequences * pairs.max_new_tokens)
-        parts = memory.score(self.shape, batch, cached=False, log_probs=2)
+        formed = {memory.FORMED: float(self.shape.bytes * self.shape.largest)}  # one at a time
+        packed = self._packed()
+        parts = {
+            **memory.score(self.shape, batch, cached=False, log_probs=2, weights=packed),
+            **formed,
+        }
         flops = 2 * self.shape.parameters * 2 * self.rows.preferences * columns
         seconds = self._compute(flops, self.known.score_utilisation, self.workers)
         return self._stage("reference", parts, seconds, measured=False, host=self._host())
@@ -263,7 +268,12 @@ class _Planner:
         spec, shape = self.spec.patch, self.shape
         on_ray = self.spec.resources.workers > 0
         how = patching(
-            spec, self.workers, self._group_size(), self.cluster.device, distributed=on_ray
+            spec,
+            self.workers,
+            self._group_size(),
+            self.cluster.device,
+            bits=code_bits(self.spec.quantize),
+            distributed=on_ray,
         )
         answer, sequences, kl = self._row()
         columns = self.known.prompt_tokens + answer
@@ -313,15 +323,42 @@ class _Planner:
         size = getattr(self.spec.quantize, "group_size", 64)
         return size if size > 0 else self.shape.hidden
 
+    def _packed(self) -> float:
+        """Return the bytes of Q0 as it lies in memory: codes, scales, and what is not quantized."""
+        shape, size = self.shape, self._group_size()
+        codes = shape.quantized * code_bits(self.spec.quantize) / 8
+        return codes + shape.quantized / size * (shape.bytes + 1) + shape.bytes * shape.other
+
     def _host(self) -> float:
-        return float(HOST_COPIES * self.shape.bytes * self.shape.parameters + self.shape.quantized)
+        """Return what a process holds while it loads Q0: decoded, or packed layer by layer."""
+        shape = self.shape
+        if self.spec.patch.method != "masked_lora":
+            return float(HOST_COPIES * shape.bytes * shape.parameters + shape.quantized)
+        return self._packed() + shape.bytes * shape.other + 4.0 * shape.largest
 
     def _compute(self, flops: float, utilisation: float, devices: int) -> float:
         return flops / (devices * self.cluster.tflops * 1e12 * utilisation)
 
 
+def code_bits(spec: Any) -> float:
+    """Return the bits per weight of a quantizer's codes; 8 where only its files would tell."""
+    if (base := getattr(spec, "base", None)) is not None:
+        return code_bits(base)
+    if isinstance(spec, AqlmSpec):
+        return spec.codebooks * spec.codebook_bits / spec.group_size
+    if isinstance(spec, BnbSpec):
+        return 8 if spec.format == "int8" else 4
+    return float(getattr(spec, "bits", 8))
+
+
 def patching(
-    spec: PatchSpec, workers: int, group_size: int, device: Any, *, distributed: bool = True
+    spec: PatchSpec,
+    workers: int,
+    group_size: int,
+    device: Any,
+    *,
+    bits: float = 8,
+    distributed: bool = True,
 ) -> Patching:
     """Return the settings of a patch that its memory depends on."""
     plain = spec.method != "masked_lora"  # a LoRA adapter beside frozen weights
@@ -330,6 +367,7 @@ def patching(
         on="factors" if plain else spec.mask.on,
         through_grid=spec.through_grid and not plain,
         group_size=group_size,
+        bits=8 if plain else bits,
         accumulates=spec.batch_size > spec.micro_batch_size * workers,
         remasks=spec.mask.remask_every > 0,
         snip=spec.mask.score == "snip" and not plain and spec.trains != "scales",

@@ -51,7 +51,7 @@ class PatchJob:
 
     def run(self, engine: TrainEngine, folder: UPath, progress: Progress) -> None:
         """Train as one rank of `engine`; see `train_patch`."""
-        from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
+        from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense, load_frame
         from qresafe.hf.writing import read_latents
         from qresafe.stages.flip_loop import flip_codes
         from qresafe.stages.patch_loop import PatchInputs, train_patch
@@ -60,11 +60,12 @@ class PatchJob:
         path = self.q0.ref.on_this_machine().path
         if self.spec.trains != "codes":
             QuantizedCheckpoint.open(path).require_scales()
-        model, quantized = load_dense(path)
+        flips = self.spec.method == "flips"
+        load, make = (load_dense, flip_codes) if flips else (load_frame, train_patch)
+        model, quantized = load(path)
         latents = read_latents(local_folder(self.latents)) if self.latents else None
         inputs = PatchInputs(model, quantized, pool, latents)
         watch = self.probe.watch(path) if self.probe else None
-        make = flip_codes if self.spec.method == "flips" else train_patch
         make(engine, inputs, self.spec, folder, progress, watch)
 
     def run_local(self, folder: UPath, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from upath import UPath
 
 from qresafe import metrics
 from qresafe.core.grids import QuantizedTensor
-from qresafe.core.masked_lora import MaskedLoraLinear, attach, attach_scales
+from qresafe.core.masked_lora import MaskedLoraLinear, attach, attach_frozen
 from qresafe.core.masks import pack_bits, unpack_bits
 from qresafe.core.objectives import objective
 from qresafe.core.patched import PatchedLinear
@@ -50,8 +50,8 @@ class PatchInputs:
     """What a patch starts from.
 
     Attributes:
-        model: Q0 with decoded float weights in plain linear layers; changed in place.
-        quantized: Module name -> grid and codes.
+        model: Q0 with plain linear layers, decoded or as `load_frame` leaves it; changed in place.
+        quantized: Module name -> grid and codes; may read them on access.
         pool: The training rows.
         latents: Module name -> the weight that was rounded to `quantized`, to start from; None:
             from `quantized`.
@@ -127,7 +127,7 @@ def patched_layers(inputs: PatchInputs, spec: PatchSpec) -> Mapping[str, Patched
     """Replace Q0's quantized layers by ones that train what `spec` says; see `attach`."""
     rate = None if spec.trains == "codes" else spec.scale_lr / spec.lr
     if spec.trains == "scales" and rate is not None:
-        return attach_scales(inputs.model, inputs.quantized, rate)
+        return attach_frozen(inputs.model, inputs.quantized, rate)
     return attach(
         inputs.model,
         inputs.quantized,

@@ -12,6 +12,7 @@ from upath import UPath
 
 from qresafe import records
 from qresafe.artifacts import Artifact, Run
+from qresafe.core.masked_lora import attach_frozen
 from qresafe.hf.batching import length_plan
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
@@ -42,9 +43,10 @@ class ReferenceJob:
 
     def setup(self, device: str) -> BatchFunction:
         from qresafe.hf.answer_head import AnswerHead
-        from qresafe.hf.checkpoint import load_dense
+        from qresafe.hf.checkpoint import load_frame
 
-        model, _ = load_dense(self.q0.ref.on_this_machine().path)
+        model, quantized = load_frame(self.q0.ref.on_this_machine().path)
+        attach_frozen(model, quantized)
         model.to(device)
         head = AnswerHead(model)
 

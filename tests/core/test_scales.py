@@ -12,10 +12,10 @@ from qresafe.core.masked_lora import (
     FactorMaskedLinear,
     WeightMaskedLinear,
     attach,
-    attach_scales,
+    attach_frozen,
 )
 from qresafe.core.overlaid import AdaptedGrid
-from qresafe.core.patched import ScaledLinear
+from qresafe.core.patched import FrozenLinear
 from qresafe.core.permuted import PermutedGrid
 from qresafe.core.scales import rescaled, scale_of, sum_by_scale, with_scale
 from qresafe.errors import ModelError
@@ -67,7 +67,7 @@ def test_sums_are_over_the_weights_of_each_scale(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scaled_layer_starts_at_q0_and_has_the_gradient_of_its_weights(kind):
     quantized, rate = _quantized(kind), 3.0
-    layer = ScaledLinear(quantized, scale_rate=rate, name="l")
+    layer = FrozenLinear(quantized, scale_rate=rate, name="l")
     assert torch.equal(layer.effective_weight(), quantized.dense())
     assert torch.equal(scale_of(layer.exported().grid), scale_of(quantized.grid))
     assert layer.trained.keys() == {"log_scale"}
@@ -91,7 +91,7 @@ def test_a_scale_is_s_times_exp_of_rate_times_t():
     # s = 2, rate 3, t = log(1.5) / 3: 3.0; codes -1 and 1 stand for -3 and 3
     grid = UniformGrid(torch.tensor([[2.0]]), torch.zeros(1, 1, dtype=torch.int8), 4, -1, (1, 2))
     codes = torch.tensor([[-1, 1]], dtype=torch.int8)
-    layer = ScaledLinear(QuantizedTensor(grid, codes), scale_rate=3.0)
+    layer = FrozenLinear(QuantizedTensor(grid, codes), scale_rate=3.0)
     with torch.no_grad():
         layer.log_scale.fill_(math.log(1.5) / 3)
     torch.testing.assert_close(layer.effective_weight(), torch.tensor([[-3.0, 3.0]]))
@@ -102,7 +102,7 @@ def test_a_scale_is_s_times_exp_of_rate_times_t():
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_training_sees_scales_rounded_to_their_type(stored):
     quantized = _quantized(stored=stored)
-    layer = ScaledLinear(quantized, scale_rate=1.0, dtype=torch.float32)
+    layer = FrozenLinear(quantized, scale_rate=1.0, dtype=torch.float32)
     with torch.no_grad():
         layer.log_scale.fill_(0.013)
     exported = layer.exported()
@@ -174,7 +174,7 @@ def test_grids_without_scales_of_their_own_are_refused():
     quantized = _quantized()
     adapted = AdaptedGrid(quantized.grid, torch.ones(1, IN), torch.ones(OUT, 1), 1.0)
     with pytest.raises(ModelError, match=r"AdaptedGrid .* in layer 'l': set patch\.trains"):
-        ScaledLinear(QuantizedTensor(adapted, quantized.codes), scale_rate=1.0, name="l")
+        FrozenLinear(QuantizedTensor(adapted, quantized.codes), scale_rate=1.0, name="l")
     with pytest.raises(ModelError, match="codes times a scale"):
         rescaled(adapted, torch.zeros(1))
 
@@ -186,7 +186,7 @@ def test_attach_freezes_all_but_what_is_trained(only_scales):
     model[0].weight.data = quantized["0"].dense()
     before = model(torch.ones(2, IN))
     if only_scales:
-        attach_scales(model, quantized, 2.0)
+        attach_frozen(model, quantized, 2.0)
     else:
         options = {"rank": 2, "alpha": 2.0, "on": "weight", "through_grid": True, "seed": 0}
         attach(model, quantized, scale_rate=2.0, **options)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from qresafe.core.grids import QuantizedTensor, fit_uniform
+from qresafe.core.masked_lora import attach_frozen
 from qresafe.errors import CorruptArtifactError, ModelError
-from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
+from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense, load_frame
 from qresafe.hf.models import load_model
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, linear_layers, write_dense, write_quantized
@@ -76,6 +77,17 @@ def test_the_dense_model_is_an_ordinary_one(q0: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     kinds = {type(module) for name, module in model.named_modules() if name.endswith("_proj")}
     assert kinds == {torch.nn.Linear}
+
+
+@torch.no_grad()
+def test_a_frame_takes_up_the_layers_and_computes_as_the_dense_model(q0: Path) -> None:
+    dense, layers = load_dense(q0)
+    frame, checkpoint = load_frame(q0)
+    shells = [frame.get_submodule(name).weight for name in layers]
+    assert {shell.untyped_storage().nbytes() for shell in shells} == {4}  # one zero
+    assert [shell.shape for shell in shells] == [t.grid.shape for t in layers.values()]
+    attach_frozen(frame, checkpoint)
+    assert torch.equal(frame(IDS).logits, dense(IDS).logits)
 
 
 def test_rewriting_changes_the_bytes_of_the_code_tensors_only(q0: Path, tmp_path: Path) -> None:

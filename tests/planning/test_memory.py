@@ -22,13 +22,20 @@ BATCH = Batch(4, 32, 60)
 def test_what_lies_there_all_the_time() -> None:
     parts = memory.patch(MODEL, HOW, BATCH, BATCH)
     quantized = 3 * (4 * 64 * 64 + 3 * 160 * 64)
-    assert parts["weights"] == 2 * (quantized + 2 * 96 * 64 + 7 * 64)
-    assert parts["codes and scales"] == quantized + (2 + 1) * quantized / 64
+    assert parts["weights"] == 2 * (2 * 96 * 64 + 7 * 64)  # embeddings, head and norms
+    assert parts["codes and scales"] == quantized / 2 + (2 + 1) * quantized / 64  # of 4 bits
     assert parts["masks"] == quantized / 8  # a bit for each
     assert parts["rounded weights"] == 2 * quantized  # autograd keeps each layer's
     factors = 3 * 8 * (4 * 128 + 3 * 224)
     assert parts["LoRA factors"] == 4 * factors
     assert parts["optimizer"] == 8 * factors
+
+
+def test_decoded_weights_are_kept_where_nothing_rounds_them_again() -> None:
+    plain = replace(HOW, on="factors", through_grid=False)
+    parts, rounded = (memory.patch(MODEL, how, BATCH, BATCH) for how in (plain, HOW))
+    assert parts["weights"] - rounded["weights"] == 2 * MODEL.quantized
+    assert parts["codes and scales"] == rounded["codes and scales"]
 
 
 def test_a_latent_start_holds_four_bytes_a_weight_more() -> None:
@@ -61,8 +68,10 @@ def test_zero_stages_divide_what_they_say() -> None:
     assert [p["gradients"] / factors for p in plans] == [1, 1, 0.25, 0.25]
     # the factors themselves, and DeepSpeed's own copy of a quarter
     assert [p["LoRA factors"] / factors for p in plans] == [1, 1.25, 1.25, 0.5]
-    whole, block = 2 * MODEL.parameters, 2 * MODEL.quantized / MODEL.blocks
-    assert [p["weights"] for p in plans] == [whole, whole, whole, whole / 4 + block]
+    other, codes, block = 2 * MODEL.other, MODEL.quantized / 2, MODEL.quantized / 2 / MODEL.blocks
+    assert [p["weights"] for p in plans] == [other, other, other, other / 4 + block]
+    scales = (2 + 1) * MODEL.quantized / 64
+    assert [p["codes and scales"] - scales for p in plans] == [codes, codes, codes, codes / 4]
 
 
 def test_a_cache_is_two_vectors_per_head_token_and_block() -> None:

@@ -11,6 +11,7 @@ import ray_jobs
 from qresafe.dist import capacity
 from qresafe.embedded.corpus import evaluation_prompts
 from qresafe.errors import ResourceError, SpecError
+from qresafe.planning.bases import bases
 from qresafe.planning.fitting import require_fit, what_would_fit
 from qresafe.planning.hardware import GIB, hardware, nearest_kind, parse_cluster
 from qresafe.planning.plan import Plan, make_plan
@@ -68,12 +69,12 @@ def test_a_gpu_preset_fits_what_its_file_names(name: str) -> None:
 def test_settings_for_larger_gpus_do_not_fit_the_smaller_ones() -> None:
     _, large = planned("4xA100-80", *WIDER)
     assert large.misfits == ()
-    spec, small = planned("4xA100-40", *WIDER)
+    spec, small = planned("4xA10G-24", *WIDER)
     assert [stage.name for stage in small.misfits] == ["patch"]
     with pytest.raises(ResourceError, match=r"patch needs .* would fit: --set") as refused:
         require_fit(spec, small)
     settings = re.findall(r"--set (\S+)", str(refused.value))
-    _, mended = planned("4xA100-40", *WIDER, *(text.rstrip(",.") for text in settings))
+    _, mended = planned("4xA10G-24", *WIDER, *(text.rstrip(",.") for text in settings))
     assert mended.misfits == ()  # the advice is true
 
 
@@ -85,19 +86,49 @@ def test_advice_names_a_cluster_where_settings_do_not_do() -> None:
     assert planned(found[1])[1].misfits == ()
 
 
-def test_activations_that_are_computed_again_make_a_7b_fit_one_40_gb_gpu() -> None:
-    spec, plan = planned("1xA100-40")
+def test_activations_that_are_computed_again_make_a_7b_fit_one_24_gb_gpu() -> None:
+    spec, plan = planned("1xRTX4090-24")
     assert [stage.name for stage in plan.misfits] == ["patch"]
     setting = "patch.gradient_checkpointing=True"
     assert f"--set {setting}" in what_would_fit(spec, plan.shape, plan.cluster)
-    again = planned("1xA100-40", setting)[1]
+    again = planned("1xRTX4090-24", setting)[1]
     assert again.misfits == ()
     before, after = (next(s for s in p.stages if s.name == "patch") for p in (plan, again))
     assert after.seconds > before.seconds  # a forward pass more
 
 
+def test_packed_codes_make_the_patch_of_a_70b_fit_80_gb() -> None:
+    settings = ["patch.gradient_checkpointing=true", "patch.micro_batch_size=1"]
+    settings.append("patch.zero_stage=2")  # all of them on every GPU
+    _, plan = planned("8xH100-80", "model.path=meta-llama/Llama-2-70b-chat-hf", *settings)
+    patch = next(stage for stage in plan.stages if stage.name == "patch")
+    assert patch.fits
+    weights = plan.shape.quantized
+    scales = (2 + 1) * weights / 128
+    assert patch.parts["codes and scales"] == pytest.approx(weights / 2 + scales)  # 4 bits each
+    decoded = 2 * weights
+    assert not patch.available > patch.bytes + decoded  # and would not if they were decoded
+
+
+def test_codes_lie_whole_on_every_gpu_or_sharded() -> None:
+    settings = ("model.path=meta-llama/Llama-2-70b-chat-hf", "patch.gradient_checkpointing=true")
+    spec, plan = planned("8xA100-40", *settings, "patch.micro_batch_size=1")
+    both = bases(spec, plan)
+    assert both is not None
+    assert both.chosen  # as the preset says
+    # A share of one in eight, and one block's codes while they are gathered: 79 of 80 blocks saved.
+    codes = plan.shape.quantized / 2
+    assert both.replicated - both.sharded > codes * (1 - 1 / 8 - 1 / 80)
+    assert both.sharded < both.available < both.replicated
+    assert "(4 bits) in the patch: sharded over the GPUs, " in both.text
+    assert "; whole on every GPU (--set patch.zero_stage=2), " in both.text
+    assert bases(*planned("1xA100-80", *settings)) is None
+
+
 def test_a_70b_is_refused_where_nothing_helps() -> None:
-    spec, plan = planned("8xA100-40", "model.path=meta-llama/Llama-2-70b-chat-hf")
+    spec, plan = planned(
+        "8xA100-40", "model.path=meta-llama/Llama-2-70b-chat-hf", "quantize.method=llm_qat"
+    )
     assert plan.misfits
     with pytest.raises(ResourceError, match="no change that we know"):
         require_fit(spec, plan)
