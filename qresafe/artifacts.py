@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -254,16 +255,28 @@ def write_bytes(path: UPath | Path, data: bytes) -> None:
     if not is_local(path):
         patiently(lambda: path.write_bytes(data), path)
         return
-    temporary = aside(path)
+    with new_file(path) as made:
+        made.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: UPath | Path) -> Iterator[Path]:
+    """Give a local file to write, which becomes `path` when the block ends well."""
+    if isinstance(path, UPath) and not is_local(path):
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder, "made")
+            yield made
+            patiently(lambda: path.fs.put_file(str(made), path.path), path)
+        return
+    made = Path(aside(path))
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield made
+        with made.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, str(path))
+        os.replace(made, str(path))
     except OSError:
         with suppress(OSError):
-            os.unlink(temporary)  # half a file would take the room that is short
+            made.unlink()  # half a file would take the room that is short
         raise
 
 

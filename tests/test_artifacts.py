@@ -22,6 +22,7 @@ from qresafe.artifacts import (
     content_key,
     disk_errors,
     hash_folder,
+    new_file,
     read_manifest,
     stage_key,
     write_bytes,
@@ -349,3 +350,19 @@ def test_a_folder_that_is_not_there_has_no_children(root: str, tmp_path: Path) -
     for name in ("b", "a"):
         write_text(folder / name, "") if root else (folder / name).mkdir(parents=True)
     assert [path.name for path in children(folder)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_new_file_appears_when_it_is_whole(tmp_path: Path, remote: bool) -> None:
+    folder = UPath("memory://new-files") if remote else UPath(tmp_path)
+    folder.mkdir(exist_ok=True)
+    path = folder / "big"
+    with new_file(path) as made:
+        made.write_bytes(b"1234")
+        assert not path.exists()
+    assert path.read_bytes() == b"1234"
+    with pytest.raises(OSError, match="full"), new_file(path) as made:
+        made.write_bytes(b"12")
+        raise OSError("full")
+    assert path.read_bytes() == b"1234"
+    assert [file.name for file in folder.iterdir()] == ["big"]

@@ -23,10 +23,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Widest first, as safetensors sorts its types; within one type by name.
 ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "I8", "U8", "BOOL")
 PIECE = 1 << 22
+FORMAT = {"format": "pt"}  # what transformers asks of a weight file
 
 
 @contextmanager
-def tensor_writer(path: Path) -> Iterator[Callable[[str, Tensor], None]]:
+def tensor_writer(
+    path: Path, metadata: Mapping[str, str] | None = None
+) -> Iterator[Callable[[str, Tensor], None]]:
     """Give a function that adds a named tensor to a new safetensors file."""
     placed: dict[str, tuple[str, list[int], int, int]] = {}  # type, shape, begin, length
     with tempfile.TemporaryFile(dir=path.parent) as scratch:
@@ -39,13 +42,17 @@ def tensor_writer(path: Path) -> Iterator[Callable[[str, Tensor], None]]:
         yield add
         order = sorted(placed, key=lambda name: (ORDER.index(placed[name][0]), name))
         with path.open("wb") as file:
-            file.write(_header(placed, order))
+            file.write(_header(placed, order, metadata))
             for name in order:
                 _copy(scratch, file, *placed[name][2:])
 
 
-def _header(placed: Mapping[str, tuple[str, list[int], int, int]], order: list[str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(
+    placed: Mapping[str, tuple[str, list[int], int, int]],
+    order: list[str],
+    metadata: Mapping[str, str] | None,
+) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         dtype, shape, _, length = placed[name]
@@ -77,7 +84,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     total = 0
     for file, names in files.by_file().items():
-        with tensor_writer(folder / file) as add:
+        with tensor_writer(folder / file, FORMAT) as add:
             for name in names:
                 for new, value in convert(name).items():
                     add(new, value)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from upath import UPath
 
 from qresafe.core.grids import QuantizedTensor
@@ -25,7 +23,7 @@ from qresafe.hf.models import load_tokenizer
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
 from qresafe.specs import PatchSpec
-from qresafe.stages.patch_output import write_history, write_tensors
+from qresafe.stages.patch_output import Change, write_changes, write_history
 from qresafe.stages.runtime import read_table
 
 
@@ -79,18 +77,19 @@ class BaselineJob:
 
 def _write(model: Any, quantized: Mapping[str, QuantizedTensor], folder: UPath) -> float:
     """Write each layer's change and the codes nearest to it; return the share of codes changed."""
-    codes: dict[str, Tensor] = {}
-    delta: dict[str, Tensor] = {}
     changed = total = 0
-    with torch.no_grad():
+
+    def changes() -> Iterator[Change]:
+        nonlocal changed, total
         for name, stored in quantized.items():
             weight = model.get_submodule(name).weight.detach().float().cpu()
-            delta[name] = weight - stored.dense()
-            codes[name] = stored.grid.move(stored.codes, delta[name])
-            changed += int((codes[name] != stored.codes).sum())
+            delta = weight - stored.dense()
+            codes = stored.grid.move(stored.codes, delta)
+            changed += int((codes != stored.codes).sum())
             total += stored.codes.numel()
-    write_tensors(folder / "codes.safetensors", codes)
-    write_tensors(folder / "delta.safetensors", delta)
+            yield name, codes, delta
+
+    write_changes(folder, changes())
     return changed / total
 
 

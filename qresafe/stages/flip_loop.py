@@ -36,7 +36,7 @@ from qresafe.specs import PatchSpec
 from qresafe.stages import patch_state
 from qresafe.stages.flip_loss import FlipLoss
 from qresafe.stages.patch_loop import PatchInputs, Watch, same_checkpoint
-from qresafe.stages.patch_output import write_history, write_tensors
+from qresafe.stages.patch_output import write_changes, write_history
 from qresafe.stages.train_engine import TrainEngine
 
 FLIPPING, REMOVING, DONE = "flip", "remove", "done"
@@ -284,10 +284,9 @@ class FlipLoop:
         """Write what a finished patch leaves; only rank 0 writes."""
         if self.engine.rank:
             return
-        delta = {name: q.dense() - self.start[name].dense() for name, q in self.layers.items()}
-        codes = {name: q.codes for name, q in self.layers.items()}
-        write_tensors(folder / "codes.safetensors", codes)
-        write_tensors(folder / "delta.safetensors", delta)
+        layers = self.layers.items()
+        changes = ((name, q.codes, q.dense() - self.start[name].dense()) for name, q in layers)
+        write_changes(folder, changes)
         write_history(folder, self.history)
 
 

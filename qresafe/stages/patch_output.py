@@ -13,7 +13,7 @@ history.jsonl        one line per step
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,29 +24,60 @@ from torch import Tensor
 from torch.nn import functional as F
 from upath import UPath
 
-from qresafe.artifacts import read_bytes, write_bytes, write_text
+from qresafe.artifacts import new_file, read_bytes, write_bytes, write_text
 from qresafe.core.masks import pack_bits
 from qresafe.core.patched import PatchedLinear
 from qresafe.core.scales import scale_of
+from qresafe.hf.shards import tensor_writer
 from qresafe.stages.train_engine import TrainEngine
 
 Layers = Mapping[str, PatchedLinear]
+Change = tuple[str, Tensor, Tensor]  # a layer, its new codes, and the change of its weight
 
 
 def write_results(
     engine: TrainEngine, layers: Layers, history: Sequence[Mapping[str, Any]], folder: UPath
 ) -> None:
     """Write all files of a finished patch; collective, but only rank 0 writes."""
+
+    def changes() -> Iterator[Change]:
+        for name, layer in _gathered(engine, layers):
+            if not engine.rank:
+                yield name, layer.codes(), layer.delta()
+
+    if engine.rank:
+        list(changes())  # its part in gathering them
+    else:
+        write_changes(folder, changes())
+    _write_trained(engine, layers, folder)
+    if not engine.rank:
+        write_history(folder, history)
+
+
+def write_changes(folder: UPath, changes: Iterable[Change]) -> None:
+    """Write codes.safetensors and delta.safetensors, one layer in memory at a time.
+
+    Args:
+        folder: Of the patch.
+        changes: Layer name, its new codes, and how far its weight is from Q0's.
+    """
+    with (
+        _tensors(folder / "codes.safetensors") as add_codes,
+        _tensors(folder / "delta.safetensors") as add_delta,
+    ):
+        for name, codes, delta in changes:
+            add_codes(name, codes)
+            add_delta(name, delta)
+
+
+def _write_trained(engine: TrainEngine, layers: Layers, folder: UPath) -> None:
     adapter: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
-    codes: dict[str, Tensor] = {}
-    delta: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, layer in _gathered(engine, layers):
         if engine.rank:
             continue
-        codes[name], delta[name] = layer.codes().cpu(), layer.delta().cpu()
         adapter |= {f"{name}.{kind}": p.detach().clone() for kind, p in layer.trained.items()}
         if layer.log_scale is not None:
             scales[name] = scale_of(layer.exported().grid)
@@ -60,11 +91,8 @@ def write_results(
         return
     write_tensors(folder / "adapter.safetensors", adapter)
     write_tensors(folder / "masks.safetensors", masks, {"shapes": json.dumps(shapes)})
-    write_tensors(folder / "codes.safetensors", codes)
-    write_tensors(folder / "delta.safetensors", delta)
     if scales:
         write_tensors(folder / "scales.safetensors", scales)
-    write_history(folder, history)
 
 
 def write_history(folder: UPath, history: Sequence[Mapping[str, Any]]) -> None:
@@ -115,6 +143,13 @@ def write_tensors(
     """Write a safetensors file that a reader sees whole or not at all."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_bytes(path, safetensors.save(plain, metadata))
+
+
+@contextmanager
+def _tensors(path: UPath) -> Iterator[Callable[[str, Tensor], None]]:
+    """Give a function that adds a tensor to a safetensors file, which appears whole or not."""
+    with new_file(path) as made, tensor_writer(made) as add:
+        yield lambda name, tensor: add(name, tensor.detach().cpu().contiguous())
 
 
 def read_tensors(path: UPath) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -23,12 +24,13 @@ def tensors() -> dict[str, torch.Tensor]:
     return made
 
 
-def test_the_bytes_are_safetensors_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_the_bytes_are_safetensors_own(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     given = tensors()
-    with tensor_writer(tmp_path / "ours") as add:
+    with tensor_writer(tmp_path / "ours", metadata) as add:
         for name, value in given.items():
             add(name, value)
-    save_file(given, tmp_path / "theirs", metadata={"format": "pt"})
+    save_file(given, tmp_path / "theirs", metadata=metadata)
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert len(ORDER) == len(DTYPES)
 
