@@ -361,8 +361,13 @@ def test_a_new_file_appears_when_it_is_whole(tmp_path: Path, remote: bool) -> No
         made.write_bytes(b"1234")
         assert not path.exists()
     assert path.read_bytes() == b"1234"
-    with pytest.raises(OSError, match="full"), new_file(path) as made:
-        made.write_bytes(b"12")
-        raise OSError("full")
+
+    def on_a_full_disk() -> None:
+        with new_file(path) as made:
+            made.write_bytes(b"12")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        on_a_full_disk()
     assert path.read_bytes() == b"1234"
     assert [file.name for file in folder.iterdir()] == ["big"]
