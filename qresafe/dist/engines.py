@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from qresafe.dist.metrics import send_to_ray
+from qresafe.hf import spread
 from qresafe.process_log import logged
 from qresafe.stages.runtime import Batch, BatchFunction, BatchJob, Row, compute_part, cpu_threads
 
@@ -38,7 +39,7 @@ class Engine:
 
     def __init__(self, gpus: str, threads: int, number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # has its effect when CUDA starts
-        self._device, self._threads = "cuda" if gpus else "cpu", threads
+        self._device, self._threads = spread.gpus(len(gpus.split(",")) if gpus else 0), threads
         self._number = number
         self._call = ""
         self._function: BatchFunction | None = None

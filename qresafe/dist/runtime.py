@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from qresafe.dist.engines import Stable, drivers_node
 from qresafe.dist.lost import loss_told, watch_head
 from qresafe.dist.metrics import send_to_ray
 from qresafe.errors import ResourceError
+from qresafe.hf.spread import gpus
 from qresafe.metrics import send_to
 from qresafe.progress import Progress
 from qresafe.specs import ResourcesSpec
@@ -49,11 +51,12 @@ def make_runtime(resources: ResourcesSpec, ready: Callable[[], None] | None = No
     """
     if resources.workers:
         return RayRuntime(resources, ready)
-    device = "cuda" if resources.gpus_per_worker else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        what = f"no GPU here, but resources.gpus_per_worker is {resources.gpus_per_worker:g}"
-        raise ResourceError(what, remedy="set it to 0, or run where torch sees a GPU")
-    return InProcessRuntime(device, threads_per_worker(resources))
+    count = math.ceil(resources.gpus_per_worker)
+    if count > torch.cuda.device_count():
+        what = f"resources.gpus_per_worker is {resources.gpus_per_worker:g}, but torch sees "
+        what += f"{torch.cuda.device_count() or 'no'} GPU here"
+        raise ResourceError(what, remedy="lower it, or run where torch sees as many")
+    return InProcessRuntime(gpus(count), threads_per_worker(resources))
 
 
 def threads_per_worker(resources: ResourcesSpec) -> int:
@@ -125,7 +128,7 @@ class RayRuntime:
 
         self.wait_for(self._resources.workers)
         ray.get(self._stable.rest.remote())  # training may need all memory
-        train.run(job, folder, progress, self._resources)
+        train.run(job, folder, progress, self._resources.training)
 
     def wait_for(self, workers: int) -> None:
         """Wait until the cluster is large enough for `workers` workers at a time.

@@ -123,7 +123,9 @@ class _Planner:
         self.spec, self.shape, self.cluster, self.patched = spec, shape, cluster, patched
         self.rows: Workload = workload(spec)
         self.known: Assumptions = assumptions()
-        self.workers = cluster.count
+        self.workers = cluster.count  # that train; to answer, some may stand together
+        self.each = gpus_of(spec, cluster)
+        self.answering = cluster.count // self.each
         self.low_bits = shape.bytes * shape.parameters  # as transformers decodes it
         if spec.quantize.method == "bnb":
             bits = 1.0 if spec.quantize.format == "int8" else 0.5 + 4 / 64
@@ -169,6 +171,8 @@ class _Planner:
     def _quantize(self) -> Iterator[StagePlan]:
         spec = self.spec.quantize
         method = spec.base if isinstance(spec, Critical16Spec) else spec
+        if isinstance(spec, Critical16Spec):
+            yield self._snip(spec)
         if method.method == "checkpoint":
             return
         parts, tokens = self._quantizing(method)
@@ -182,6 +186,14 @@ class _Planner:
             measured=method.method == "llm_qat",
             host=float(self.shape.bytes * self.shape.parameters),
         )
+
+    def _snip(self, spec: Critical16Spec) -> StagePlan:
+        columns = self.known.prompt_tokens + spec.max_new_tokens
+        batch = Batch(spec.batch_size, columns, spec.batch_size * spec.max_new_tokens)
+        parts = memory.snip(self.shape, batch, self.cluster.device)
+        flops = 4 * self.shape.parameters * spec.harmful * columns
+        seconds = self._compute(flops, self.known.train_utilisation, 1)
+        return self._stage("score W (critical16)", parts, seconds, devices=1, measured=False)
 
     def _quantizing(self, method: Any) -> tuple[Parts, float]:
         """Return the memory of a quantizer and the tokens that it trains or calibrates on."""
@@ -219,18 +231,20 @@ class _Planner:
         caches: int = 1,
     ) -> StagePlan:
         size = size or self.spec.evaluate.generate.batch_size
-        each = min(size, math.ceil(rows / self.workers)) or 1
+        each = min(size, math.ceil(rows / self.answering)) or 1
         batch = Batch(each, self.known.prompt_tokens + new, new)
-        parts = memory.generate(self.shape, batch, weights, caches)
-        batches = math.ceil(rows / each / self.workers)
-        read = (parts[WEIGHTS] + parts[memory.CACHE]) / (
+        parts = memory.generate(self.shape, batch, weights, caches, self.each)
+        batches = math.ceil(rows / each / self.answering)
+        whole = memory.generate(self.shape, batch, weights, caches)
+        read = (whole[WEIGHTS] + whole[memory.CACHE]) / (
             self.cluster.bandwidth * self.known.decode_bandwidth
         )
         prompts = 2 * self.shape.parameters * rows * self.known.prompt_tokens
         decoding = 2 * self.shape.parameters * rows * new
         share = self.known.score_utilisation
-        first = self._compute(prompts, share, self.workers)
-        seconds = first + max(batches * new * read, self._compute(decoding, share, self.workers))
+        # The GPUs of a worker compute one after the other.
+        first = self._compute(prompts, share, self.answering)
+        seconds = first + max(batches * new * read, self._compute(decoding, share, self.answering))
         return self._stage(name, parts, seconds)
 
     def _distributions(self) -> StagePlan:
@@ -238,9 +252,9 @@ class _Planner:
         columns = self.known.prompt_tokens + pairs.teacher_tokens
         answers = pairs.batch_size * pairs.teacher_tokens
         batch = Batch(pairs.batch_size, columns, answers)
-        parts = memory.score(self.shape, batch, cached=True, log_probs=1)
+        parts = memory.score(self.shape, batch, cached=True, log_probs=1, devices=self.each)
         flops = 2 * self.shape.parameters * self.rows.pool * columns
-        seconds = self._compute(flops, self.known.score_utilisation, self.workers)
+        seconds = self._compute(flops, self.known.score_utilisation, self.answering)
         return self._stage("pairs (W's distributions)", parts, seconds, measured=False)
 
     def _compares(self) -> bool:
@@ -254,10 +268,11 @@ class _Planner:
         columns = self.known.prompt_tokens + pairs.max_new_tokens
         sequences = 2 * pairs.batch_size
         batch = Batch(sequences, columns, sequences * pairs.max_new_tokens)
-        parts = memory.score(self.shape, batch, cached=False, log_probs=2)
+        parts = memory.score(self.shape, batch, cached=False, log_probs=2, devices=self.each)
         flops = 2 * self.shape.parameters * 2 * self.rows.preferences * columns
-        seconds = self._compute(flops, self.known.score_utilisation, self.workers)
-        return self._stage("reference", parts, seconds, measured=False, host=self._host())
+        seconds = self._compute(flops, self.known.score_utilisation, self.answering)
+        host = self._host() / self.each  # per GPU
+        return self._stage("reference", parts, seconds, measured=False, host=host)
 
     def _patch(self) -> StagePlan:
         spec, shape = self.spec.patch, self.shape
@@ -318,6 +333,13 @@ class _Planner:
 
     def _compute(self, flops: float, utilisation: float, devices: int) -> float:
         return flops / (devices * self.cluster.tflops * 1e12 * utilisation)
+
+
+def gpus_of(spec: ExperimentSpec, cluster: Cluster) -> int:
+    """Return over how many of a cluster's devices a model that answers is spread."""
+    if cluster.device == "cpu":
+        return 1
+    return min(cluster.count, max(1, int(spec.resources.gpus_per_worker)))
 
 
 def patching(

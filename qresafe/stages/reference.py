@@ -43,14 +43,14 @@ class ReferenceJob:
     def setup(self, device: str) -> BatchFunction:
         from qresafe.hf.answer_head import AnswerHead
         from qresafe.hf.checkpoint import load_dense
+        from qresafe.hf.spread import place
 
-        model, _ = load_dense(self.q0.ref.on_this_machine().path)
-        model.to(device)
+        model = place(load_dense(self.q0.ref.on_this_machine().path)[0], device)
         head = AnswerHead(model)
 
         def score(rows: list[Row]) -> pa.Table:
             batch = collate([full_row(row, frozenset({"dpo"})) for row in rows], 0)
-            batch = batch.to(torch.device(device))
+            batch = batch.to(model.device)
             with torch.no_grad():
                 logits = head.logits(model, batch.ids, batch.positions)
             logps = answer_logps(logits, batch).double()

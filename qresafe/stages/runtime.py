@@ -42,7 +42,11 @@ class BatchJob(Protocol):
     """Work on batches; it is pickled to the workers, so it holds names and specs, not models."""
 
     def setup(self, device: str) -> BatchFunction:
-        """Load what is needed on `device` ("cpu", "cuda"); return what maps rows to a table."""
+        """Load what is needed on `device`, and return what maps rows to a table.
+
+        Args:
+            device: "cpu", "cuda" or several GPUs, as `load_model` takes it.
+        """
 
 
 class TrainJob(Protocol):
@@ -104,7 +108,7 @@ class InProcessRuntime:
     """Runs everything in this process (`workers: 0`).
 
     Args:
-        device: "cpu" or "cuda".
+        device: As `load_model` takes it.
         threads: CPU threads for batches. The last bits of a matrix product depend on their
             number, so that equal results need equal counts; None leaves torch's own.
     """

@@ -18,7 +18,7 @@ from qresafe.planning.rows import need
 from qresafe.planning.shapes import shape_of
 from qresafe.planning.workload import workload
 from qresafe.presets import load_experiment, preset_names
-from qresafe.specs import ExperimentSpec
+from qresafe.specs import ExperimentSpec, ResourcesSpec
 
 PRESET = "llama2-7b-chat-int4-4xa100"
 WIDER = ("patch.micro_batch_size=2", "patch.zero_stage=2")  # settings for GPUs of 80 GB
@@ -101,6 +101,41 @@ def test_a_70b_is_refused_where_nothing_helps() -> None:
     assert plan.misfits
     with pytest.raises(ResourceError, match="no change that we know"):
         require_fit(spec, plan)
+
+
+def test_a_model_that_answers_is_spread_over_the_gpus_of_a_worker() -> None:
+    """13 B weights on GPUs of 24 GB: the patch is sharded over them, answering is not by itself."""
+    small = ("patch.zero_stage=3", "patch.micro_batch_size=1", "patch.gradient_checkpointing=true")
+    thirteen = ("model.path=meta-llama/Llama-2-13b-chat-hf", "patch.rank=16", *small)
+    spec, alone = planned("8xRTX4090-24", *thirteen)
+    assert {"reference", "generate W, calibration"} <= {stage.name for stage in alone.misfits}
+    advice = what_would_fit(spec, alone.shape, alone.cluster)
+    assert advice.startswith("would fit: --set resources.gpus_per_worker=4"), advice
+    settings = re.findall(r"--set (\S+?)[,.]*(?= |$)", advice)
+    assert planned("8xRTX4090-24", *thirteen, *settings)[1].misfits == ()
+    _, two = planned("8xRTX4090-24", *thirteen, "resources.gpus_per_worker=2")
+    one, half = (p.stages[1].parts["weights"] for p in (alone, two))
+    assert half == pytest.approx(one * (1 / 2 + 1.25 / 40))  # 40 blocks
+    assert two.stages[1].seconds > alone.stages[1].seconds  # one of two GPUs waits
+    patches = [next(s for s in p.stages if s.name == "patch") for p in (alone, two)]
+    assert patches[0].parts == patches[1].parts  # on all eight GPUs either way
+
+
+def test_scoring_w_for_critical16_is_planned_too() -> None:
+    _, plan = planned("4xA100-40", "quantize={method: critical16}")
+    scored = plan.stages[0]
+    assert scored.name == "score W (critical16)"
+    assert scored.parts["weights"] == 2 * plan.shape.parameters
+    assert not scored.measured
+
+
+def test_gpus_of_a_worker_are_trained_on_one_by_one() -> None:
+    given = ResourcesSpec(workers=2, gpus_per_worker=4, cpus_per_worker=8)
+    assert given.training == ResourcesSpec(workers=8, gpus_per_worker=1, cpus_per_worker=2)
+    for same in (ResourcesSpec(workers=3), ResourcesSpec(workers=2, gpus_per_worker=0.5)):
+        assert same.training == same
+    with pytest.raises(ValueError, match="whole number"):
+        ResourcesSpec(gpus_per_worker=1.5)
 
 
 def test_time_and_cost_are_arithmetic() -> None:
