@@ -298,6 +298,8 @@ class ResourcesSpec(Spec):
     # Where models answer, a worker spreads them over all its GPUs; training takes a GPU each.
     gpus_per_worker: Weight = 0.0
     cpus_per_worker: Positive = 1.0
+    # Of `workers`, so many answer for W while the others answer for Q0; 0: all for one of them.
+    teacher_workers: Count = 0
     address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, else a local one
     wait_seconds: AtLeastOne = 300  # how long to wait for resources before giving up in words
     check_memory: bool = True  # refuse at the start what `qresafe plan` says cannot fit
@@ -306,6 +308,12 @@ class ResourcesSpec(Spec):
     def _whole_gpus(self) -> ResourcesSpec:
         if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ValueError("gpus_per_worker above 1 must be a whole number")
+        return self
+
+    @model_validator(mode="after")
+    def _some_for_both(self) -> ResourcesSpec:
+        if self.teacher_workers and self.teacher_workers >= self.workers:
+            raise ValueError("teacher_workers must be less than workers: Q0 needs some, too")
         return self
 
     @property

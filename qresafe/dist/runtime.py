@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,8 @@ from qresafe.stages.runtime import (
     TrainJob,
 )
 from qresafe.stages.served import check_vllm
+
+POOL_SECONDS = 30.0  # for a pool to notice that its engines are gone
 
 
 def make_runtime(resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> Runtime:
@@ -85,7 +89,8 @@ class RayRuntime:
     """
 
     def __init__(self, resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> None:
-        self._ready = ready
+        self._ready, self._room = [ready] if ready else [], threading.Lock()
+        self._threads: set[threading.Thread] = set()
         self._resources, began = resources, time.perf_counter()
         self.workers = resources.workers
         self._opened = not ray.is_initialized()
@@ -109,10 +114,21 @@ class RayRuntime:
         tally = Tally(progress)
         parts = UPath(Path(str(parts)).absolute()) if is_local(parts) else parts
         todo = tally.skip_finished(batches, parts)
-        if todo:
-            for made in self._compute(job, todo, parts):
-                tally.add(made)
+        with self._busy():
+            if todo:
+                for made in self._compute(job, todo, parts):
+                    tally.add(made)
         return tally.spent()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Note that this thread waits for workers."""
+        here = threading.current_thread()
+        self._threads.add(here)
+        try:
+            yield
+        finally:
+            self._threads.discard(here)
 
     def _compute(self, job: BatchJob, todo: list[Batch], parts: UPath) -> Iterator[Made]:
         if isinstance(job, VllmJob):
@@ -137,14 +153,30 @@ class RayRuntime:
             ResourceError: It is not after `wait_seconds`; a local cluster does not grow, so
                 nothing is waited for there.
         """
-        wait_for(self._resources, workers, patient=not self._opened_locally())
-        ready, self._ready = self._ready, None
-        if ready:
-            ready()
+        with self._room:  # pools ask at the same time
+            wait_for(self._resources, workers, patient=not self._opened_locally())
+            if self._ready:
+                self._ready.pop()()
+
+    def pools(self) -> tuple[Runtime, Runtime] | None:
+        teachers = self._resources.teacher_workers
+        return (self._pool(teachers), self._pool(self.workers - teachers)) if teachers else None
+
+    def _pool(self, workers: int) -> Runtime:
+        """Return this runtime with fewer workers: on the same session, with the same engines."""
+        pool = copy.copy(self)
+        pool.workers = workers
+        only = {"workers": workers, "teacher_workers": 0}
+        pool._resources = self._resources.model_copy(update=only)
+        return pool
 
     def close(self) -> None:
         """End the engines, and the Ray session if this runtime opened it."""
         ray.kill(self._stable)
+        # After an interrupt pools may be waiting; without engines they fail, and Ray aborts a
+        # process that leaves while they do not.
+        for thread in self._threads - {threading.current_thread()}:
+            thread.join(POOL_SECONDS)
         if self._opened:
             send_to(None)
             ray.shutdown()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qresafe.errors import ResourceError
+from qresafe.planning.answering import gpus_of
 from qresafe.planning.hardware import GIB, Cluster, Hardware, gpu_cluster, hardware
-from qresafe.planning.plan import Plan, StagePlan, gpus_of, make_plan
+from qresafe.planning.plan import Plan, StagePlan, make_plan
 from qresafe.planning.shapes import ModelShape
 from qresafe.specs import ExperimentSpec
 from qresafe.variants import with_changes

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qresafe.planning import memory
+from qresafe.planning.answering import gpus_of, teachers_of
 from qresafe.planning.hardware import GIB, Cluster
 from qresafe.planning.memory import WEIGHTS, Batch, Parts, Patching
 from qresafe.planning.shapes import ModelShape
@@ -31,6 +32,7 @@ class StagePlan:
         seconds: By the clock.
         measured: Whether docs/plan.md holds this memory model against measurements.
         available: Bytes of one device.
+        beside: Whether it runs at the same time as the stage before, on other devices.
     """
 
     name: str
@@ -41,6 +43,7 @@ class StagePlan:
     available: float
     host: float = 0.0
     host_available: float = 0.0
+    beside: bool = False
 
     @property
     def bytes(self) -> float:
@@ -81,7 +84,11 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
+        before, whole = 0.0, 0.0
+        for stage in self.stages:
+            whole += max(0.0, stage.seconds - before) if stage.beside else stage.seconds
+            before = stage.seconds
+        return whole
 
     @property
     def cost(self) -> float:
@@ -126,6 +133,7 @@ class _Planner:
         self.workers = cluster.count  # that train; to answer, some may stand together
         self.each = gpus_of(spec, cluster)
         self.answering = cluster.count // self.each
+        self.teachers = teachers_of(spec, self.answering)
         self.low_bits = shape.bytes * shape.parameters  # as transformers decodes it
         if spec.quantize.method == "bnb":
             bits = 1.0 if spec.quantize.format == "int8" else 0.5 + 4 / 64
@@ -149,8 +157,12 @@ class _Planner:
 
     def _patching(self) -> Iterator[StagePlan]:
         calibration, tokens = self.rows.calibration, self.spec.pairs.max_new_tokens
-        for label, weights in (("W", None), ("Q0", self.low_bits)):
-            yield self._generate(f"generate {label}, calibration", calibration, tokens, weights)
+        for label, weights, workers in (
+            ("W", None, self.teachers),
+            ("Q0", self.low_bits, self.answering - self.teachers),
+        ):
+            name, beside = f"generate {label}, calibration", bool(self.teachers) and label == "Q0"
+            yield self._generate(name, calibration, tokens, weights, workers=workers, beside=beside)
         if self.spec.pairs.teacher_tokens:
             yield self._distributions()
         if self._compares():
@@ -229,12 +241,15 @@ class _Planner:
         weights: float | None,
         size: int | None = None,
         caches: int = 1,
+        workers: int = 0,
+        beside: bool = False,
     ) -> StagePlan:
+        workers = workers or self.answering
         size = size or self.spec.evaluate.generate.batch_size
-        each = min(size, math.ceil(rows / self.answering)) or 1
+        each = min(size, math.ceil(rows / workers)) or 1
         batch = Batch(each, self.known.prompt_tokens + new, new)
         parts = memory.generate(self.shape, batch, weights, caches, self.each)
-        batches = math.ceil(rows / each / self.answering)
+        batches = math.ceil(rows / each / workers)
         whole = memory.generate(self.shape, batch, weights, caches)
         read = (whole[WEIGHTS] + whole[memory.CACHE]) / (
             self.cluster.bandwidth * self.known.decode_bandwidth
@@ -243,9 +258,10 @@ class _Planner:
         decoding = 2 * self.shape.parameters * rows * new
         share = self.known.score_utilisation
         # The GPUs of a worker compute one after the other.
-        first = self._compute(prompts, share, self.answering)
-        seconds = first + max(batches * new * read, self._compute(decoding, share, self.answering))
-        return self._stage(name, parts, seconds)
+        first = self._compute(prompts, share, workers)
+        seconds = first + max(batches * new * read, self._compute(decoding, share, workers))
+        devices = workers * self.each
+        return self._stage(name, parts, seconds, devices=devices, beside=beside)
 
     def _distributions(self) -> StagePlan:
         pairs = self.spec.pairs
@@ -335,13 +351,6 @@ class _Planner:
         return flops / (devices * self.cluster.tflops * 1e12 * utilisation)
 
 
-def gpus_of(spec: ExperimentSpec, cluster: Cluster) -> int:
-    """Return over how many of a cluster's devices a model that answers is spread."""
-    if cluster.device == "cpu":
-        return 1
-    return min(cluster.count, max(1, int(spec.resources.gpus_per_worker)))
-
-
 def patching(
     spec: PatchSpec, workers: int, group_size: int, device: Any, *, distributed: bool = True
 ) -> Patching:
@@ -374,6 +383,7 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
         "host_gib": stage.host / GIB,
         "devices": stage.devices,
         "seconds": stage.seconds,
+        "beside": stage.beside,
         "device_hours": stage.device_hours,
         "measured": stage.measured,
     }

@@ -100,6 +100,12 @@ class Runtime(Protocol):
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         """Run `job` to its end, continuing from what `folder` holds."""
 
+    def pools(self) -> tuple[Runtime, Runtime] | None:
+        """Return the part that answers for W and the one for Q0, at the same time; None: neither.
+
+        They compute batches only, and are not closed.
+        """
+
     def close(self) -> None:
         """Give back what the runtime holds: processes, models, a Ray session of its own."""
 
@@ -136,6 +142,9 @@ class InProcessRuntime:
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         with logged(folder, 0), cpu_threads(self.threads):
             job.run_local(folder, progress)
+
+    def pools(self) -> None:
+        """There is one process."""
 
     def close(self) -> None:
         """Nothing outlives a call here."""

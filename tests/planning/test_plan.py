@@ -121,6 +121,18 @@ def test_a_model_that_answers_is_spread_over_the_gpus_of_a_worker() -> None:
     assert patches[0].parts == patches[1].parts  # on all eight GPUs either way
 
 
+def test_w_and_q0_answer_at_the_same_time_on_pools() -> None:
+    _, alone = planned("4xA100-80")
+    _, pools = planned("4xA100-80", "resources.teacher_workers=1")
+    w, q0 = (s for s in pools.stages if s.name.endswith(", calibration"))
+    assert (w.devices, q0.devices) == (1, 3)
+    assert (w.beside, q0.beside) == (False, True)
+    others = sum(s.seconds for s in alone.stages if not s.name.endswith(", calibration"))
+    assert pools.seconds == pytest.approx(others + max(w.seconds, q0.seconds))
+    _, one = planned("1xA100-80", "resources.teacher_workers=1")
+    assert not any(stage.beside for stage in one.stages)  # there is nobody to share with
+
+
 def test_scoring_w_for_critical16_is_planned_too() -> None:
     _, plan = planned("4xA100-40", "quantize={method: critical16}")
     scored = plan.stages[0]
