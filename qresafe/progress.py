@@ -23,6 +23,9 @@ class Progress(Protocol):
     def finish(self, note: str = "", reused: bool = False) -> None:
         """The running stage ended; `reused` says that an earlier run had made its result."""
 
+    def beside(self) -> Progress:
+        """Return a `Progress` for stages that run at the same time as those of this one."""
+
 
 class Silent:
     """A `Progress` that shows nothing."""
@@ -35,6 +38,9 @@ class Silent:
 
     def finish(self, note: str = "", reused: bool = False) -> None:
         pass
+
+    def beside(self) -> Progress:
+        return self
 
 
 class Both:
@@ -54,6 +60,10 @@ class Both:
     def finish(self, note: str = "", reused: bool = False) -> None:
         for each in self._listeners:
             each.finish(note, reused)
+
+    def beside(self) -> Progress:
+        first, second = self._listeners
+        return Both(first.beside(), second.beside())
 
 
 @dataclass
@@ -106,9 +116,10 @@ class Stack:
 
     def __init__(self) -> None:
         self._open: list[Part] = []
+        self._lanes: list[Lane] = []
 
     def start(self, stage: str, total: int | None = None, unit: str = "") -> None:
-        part = Part("  " * len(self._open) + stage, total, unit)
+        part = Part("  " * self._depth() + stage, total, unit)
         self._open.append(part)
         self._began(part)
 
@@ -122,6 +133,23 @@ class Stack:
         if self._open:
             self._ended(self._open.pop(), note, reused)
 
+    def beside(self) -> Progress:
+        self._lanes.append(Lane(self))
+        return self._lanes[-1]
+
+    def parts(self) -> list[Part]:
+        """Return all open parts, those of lanes after the one that they are in."""
+        return [*self._open, *(part for lane in tuple(self._lanes) for part in lane.parts())]
+
+    def path(self) -> str:
+        """Return the names of the open parts: "outer > inner", "one and other" of lanes."""
+        own = [part.name.strip() for part in tuple(self._open)]
+        lanes = [path for lane in tuple(self._lanes) if (path := lane.path())]
+        return " > ".join([*own, *([" and ".join(lanes)] if lanes else [])])
+
+    def _depth(self) -> int:
+        return len(self._open)
+
     def _began(self, part: Part) -> None:
         """Show that `part` has begun."""
 
@@ -130,3 +158,23 @@ class Stack:
 
     def _ended(self, part: Part, note: str, reused: bool) -> None:
         """Show that `part` has ended, and how."""
+
+
+class Lane(Stack):
+    """Open parts of what runs beside other things; shown where those are."""
+
+    def __init__(self, around: Stack) -> None:
+        super().__init__()
+        self._around = around
+
+    def _depth(self) -> int:
+        return self._around._depth() + len(self._open)
+
+    def _began(self, part: Part) -> None:
+        self._around._began(part)
+
+    def _moved(self, part: Part) -> None:
+        self._around._moved(part)
+
+    def _ended(self, part: Part, note: str, reused: bool) -> None:
+        self._around._ended(part, note, reused)

@@ -114,11 +114,11 @@ class ProgressFile(Stack):
 
     def stage(self) -> str:
         """Return the names of the open stage and its open parts, empty between two."""
-        return " > ".join(part.name.strip() for part in tuple(self._open))
+        return self.path()
 
     def now(self) -> RunProgress:
         """Return the state of the run."""
-        stages = [StageProgress.of(part) for part in tuple(self._open)]
+        stages = [StageProgress.of(part) for part in self.parts()]
         host, process = socket.gethostname(), os.getpid()
         return RunProgress(host=host, process=process, updated=round(time.time(), 3), stages=stages)
 

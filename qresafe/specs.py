@@ -295,11 +295,33 @@ class ResourcesSpec(Spec):
     """Where stages run; `workers: 0` runs everything in this process, without Ray."""
 
     workers: Count = 1  # training workers, and the most generation actors at a time
+    # Where models answer, a worker spreads them over all its GPUs; training takes a GPU each.
     gpus_per_worker: Weight = 0.0
     cpus_per_worker: Positive = 1.0
+    # Of `workers`, so many answer for W while the others answer for Q0; 0: all for one of them.
+    teacher_workers: Count = 0
     address: str | None = None  # of a running Ray cluster; None: RAY_ADDRESS, else a local one
     wait_seconds: AtLeastOne = 300  # how long to wait for resources before giving up in words
     check_memory: bool = True  # refuse at the start what `qresafe plan` says cannot fit
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ResourcesSpec:
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ValueError("gpus_per_worker above 1 must be a whole number")
+        return self
+
+    @model_validator(mode="after")
+    def _some_for_both(self) -> ResourcesSpec:
+        if self.teacher_workers and self.teacher_workers >= self.workers:
+            raise ValueError("teacher_workers must be less than workers: Q0 needs some, too")
+        return self
+
+    @property
+    def training(self) -> ResourcesSpec:
+        """The same GPUs and CPUs among training workers, of which none has more than one GPU."""
+        each = max(1, int(self.gpus_per_worker))
+        shared = {"workers": self.workers * each, "gpus_per_worker": self.gpus_per_worker / each}
+        return self.model_copy(update=shared | {"cpus_per_worker": self.cpus_per_worker / each})
 
 
 class ExperimentSpec(Spec):

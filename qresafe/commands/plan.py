@@ -93,4 +93,6 @@ def _gib(size: float) -> str:
 
 
 def _dollars(stage: StagePlan, made: Plan) -> str:
+    if stage.beside:  # paid with the stage before
+        return ""
     return f"{made.cluster.count * made.cluster.price * stage.seconds / 3600:.1f}"

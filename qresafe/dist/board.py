@@ -61,6 +61,9 @@ class Posted:
     def finish(self, note: str = "", reused: bool = False) -> None:
         pass
 
+    def beside(self) -> Progress:
+        return self
+
 
 @contextmanager
 def shown(board: Any, progress: Progress) -> Iterator[None]:

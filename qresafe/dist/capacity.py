@@ -58,14 +58,14 @@ def found_cluster(resources: ResourcesSpec, known: Hardware | None = None) -> Cl
     Without a GPU here, an experiment for GPUs is planned for as many A100-80.
     """
     known = known or hardware()
-    count = max(1, resources.workers)
+    count = _devices(resources)
     text = f"{count}x{USUAL} (no GPU here)"
     return _here(resources, known) or gpu_cluster(USUAL, count, known, text)
 
 
 def _here(resources: ResourcesSpec, known: Hardware | None = None) -> Cluster | None:
     """Return what this machine gives an experiment; None: it wants GPUs, and there is none."""
-    count = max(1, resources.workers)
+    count = _devices(resources)
     if not resources.gpus_per_worker:
         return cpu_cluster(count, machine_memory(), resources.cpus_per_worker)
     import torch
@@ -95,8 +95,13 @@ def ray_gpus(resources: ResourcesSpec) -> Cluster | None:
     known = hardware()
     kind = min(names, key=lambda each: known.gpus[each].memory_gib)
     memory = known.gpus[kind].memory_gib * GIB * min(1.0, resources.gpus_per_worker)
-    count = resources.workers
+    count = _devices(resources)
     return gpu_cluster(kind, count, known, f"{count}x{kind} of the Ray cluster", memory)
+
+
+def _devices(resources: ResourcesSpec) -> int:
+    """Return how many devices an experiment computes on: of several GPUs, each is one."""
+    return max(1, resources.workers) * max(1, int(resources.gpus_per_worker))
 
 
 def machine_memory() -> float:

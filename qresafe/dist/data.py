@@ -39,7 +39,7 @@ class Lease:
     def __init__(self, stable: Any, call: str, job: BatchJob, parts: UPath) -> None:
         context = ray.get_runtime_context()
         gpus = ",".join(str(gpu) for gpu in ray.get_gpu_ids())
-        borrowed = stable.lend.remote(context.get_actor_id(), context.get_node_id(), gpus)
+        borrowed = stable.lend.remote(context.get_actor_id(), context.get_node_id(), gpus, call)
         self._engine = ray.get(borrowed)
         self._call, self._job, self._parts = call, job, parts
 
@@ -84,12 +84,12 @@ def compute(
         ResourceError: Workers keep dying.
     """
     _quiet()
-    most = min(resources.workers, len(batches))
+    most, call = min(resources.workers, len(batches)), uuid.uuid4().hex
     items = [{"batch": dump_batch(batch)} for batch in batches]
     # One block per batch: Ray Data hands out, retries and reports whole blocks.
     made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         Lease,
-        fn_constructor_args=(stable, uuid.uuid4().hex, job, parts),
+        fn_constructor_args=(stable, call, job, parts),
         batch_size=None,
         batch_format="pyarrow",
         # Sized by the plan at once: the autoscaler's own growth, by queue length, comes late.
@@ -109,7 +109,7 @@ def compute(
                 raise _load_error(result["failure"])
             yield Made(**result["made"])
     finally:
-        ray.get(stable.take_back.remote())
+        ray.get(stable.take_back.remote(call))
 
 
 def in_flight(batches: int, actors: int) -> int:

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from upath import UPath
 
 from qresafe.dist.metrics import send_to_ray
+from qresafe.hf import spread
 from qresafe.process_log import logged
 from qresafe.stages.runtime import Batch, BatchFunction, BatchJob, Row, compute_part, cpu_threads
 
@@ -38,7 +39,7 @@ class Engine:
 
     def __init__(self, gpus: str, threads: int, number: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # has its effect when CUDA starts
-        self._device, self._threads = "cuda" if gpus else "cpu", threads
+        self._device, self._threads = spread.gpus(len(gpus.split(",")) if gpus else 0), threads
         self._number = number
         self._call = ""
         self._function: BatchFunction | None = None
@@ -72,6 +73,21 @@ class Engine:
         shelf().clear()
 
 
+@dataclass(frozen=True)
+class Loan:
+    """An engine that is lent.
+
+    Attributes:
+        place: (node, GPUs).
+        engine: Its handle.
+        call: What it works for.
+    """
+
+    place: tuple[str, str]
+    engine: Any
+    call: str
+
+
 @dataclass
 class Stable:
     """Owns the engines of a session and knows who has borrowed which; an actor itself.
@@ -86,28 +102,36 @@ class Stable:
     threads: int
     most: int
     _free: dict[tuple[str, str], list[Any]] = field(default_factory=dict)
-    _lent: dict[str, tuple[tuple[str, str], Any]] = field(default_factory=dict)
+    _lent: dict[str, Loan] = field(default_factory=dict)  # by borrower
     _started: int = 0
 
-    def lend(self, borrower: str, node: str, gpus: str) -> Any:
+    def lend(self, borrower: str, node: str, gpus: str, call: str = "") -> Any:
         """Return an engine on `node` for these GPUs; to the same borrower there the same one.
 
         A borrower whose node was lost comes again from another, under the same name.
+
+        Args:
+            borrower: Its name.
+            node: Where it is.
+            gpus: What it holds.
+            call: Names the `map_batches` call that it works for; several may run at a time.
         """
         place = node, gpus
-        if borrower not in self._lent or self._lent[borrower][0][0] != node:
+        if borrower not in self._lent or self._lent[borrower].place[0] != node:
             stall = self._free.setdefault(place, [])
-            engine = stall.pop() if stall else self._from_the_dead(place) or self._start(*place)
-            self._lent[borrower] = place, engine
-        return self._lent[borrower][1]
+            engine = stall.pop() if stall else self._from_the_dead(place, call)
+            self._lent[borrower] = Loan(place, engine or self._start(*place), call)
+        return self._lent[borrower].engine
 
-    def take_back(self) -> None:
-        """Note that all borrowers are gone; engines on GPUs free their memory."""
-        for (node, gpus), engine in self._lent.values():
-            self._free.setdefault((node, gpus), []).append(engine)
-            if gpus:
-                engine.rest.remote()
-        self._lent.clear()
+    def take_back(self, call: str = "") -> None:
+        """Note that all borrowers of a call are gone; engines on GPUs free their memory."""
+        for borrower, loan in list(self._lent.items()):
+            if loan.call != call:
+                continue
+            del self._lent[borrower]
+            self._free.setdefault(loan.place, []).append(loan.engine)
+            if loan.place[1]:
+                loan.engine.rest.remote()
 
     def warm(self, node: str, count: int) -> None:
         """Have `count` engines on `node`'s CPU ready before anybody asks."""
@@ -125,10 +149,13 @@ class Stable:
         if calls:  # `ray.wait` takes no empty list
             ray.wait(calls, num_returns=len(calls), timeout=REST_SECONDS)
 
-    def _from_the_dead(self, place: tuple[str, str]) -> Any | None:
+    def _from_the_dead(self, place: tuple[str, str], call: str) -> Any | None:
         """Return the engine of a borrower that must have died, as there is room for `most`."""
-        borrowers = [name for name, (lent_at, _) in self._lent.items() if lent_at == place]
-        return self._lent.pop(borrowers[0])[1] if len(borrowers) >= self.most else None
+        here = {name: loan for name, loan in self._lent.items() if loan.place == place}
+        if len(here) < self.most:
+            return None
+        own = [name for name, loan in here.items() if loan.call == call]
+        return self._lent.pop((own or list(here))[0]).engine
 
     def _start(self, node: str, gpus: str) -> Any:
         remote = ray.remote(Engine).options(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +23,7 @@ from qresafe.dist.engines import Stable, drivers_node
 from qresafe.dist.lost import loss_told, watch_head
 from qresafe.dist.metrics import send_to_ray
 from qresafe.errors import ResourceError
+from qresafe.hf.spread import gpus
 from qresafe.metrics import send_to
 from qresafe.progress import Progress
 from qresafe.specs import ResourcesSpec
@@ -36,6 +40,8 @@ from qresafe.stages.runtime import (
 )
 from qresafe.stages.served import check_vllm
 
+POOL_SECONDS = 30.0  # for a pool to notice that its engines are gone
+
 
 def make_runtime(resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> Runtime:
     """Return what runs an experiment's stages: this process at `workers: 0`, else Ray.
@@ -49,11 +55,12 @@ def make_runtime(resources: ResourcesSpec, ready: Callable[[], None] | None = No
     """
     if resources.workers:
         return RayRuntime(resources, ready)
-    device = "cuda" if resources.gpus_per_worker else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        what = f"no GPU here, but resources.gpus_per_worker is {resources.gpus_per_worker:g}"
-        raise ResourceError(what, remedy="set it to 0, or run where torch sees a GPU")
-    return InProcessRuntime(device, threads_per_worker(resources))
+    count = math.ceil(resources.gpus_per_worker)
+    if count > torch.cuda.device_count():
+        what = f"resources.gpus_per_worker is {resources.gpus_per_worker:g}, but torch sees "
+        what += f"{torch.cuda.device_count() or 'no'} GPU here"
+        raise ResourceError(what, remedy="lower it, or run where torch sees as many")
+    return InProcessRuntime(gpus(count), threads_per_worker(resources))
 
 
 def threads_per_worker(resources: ResourcesSpec) -> int:
@@ -82,7 +89,8 @@ class RayRuntime:
     """
 
     def __init__(self, resources: ResourcesSpec, ready: Callable[[], None] | None = None) -> None:
-        self._ready = ready
+        self._ready, self._room = [ready] if ready else [], threading.Lock()
+        self._threads: set[threading.Thread] = set()
         self._resources, began = resources, time.perf_counter()
         self.workers = resources.workers
         self._opened = not ray.is_initialized()
@@ -106,10 +114,21 @@ class RayRuntime:
         tally = Tally(progress)
         parts = UPath(Path(str(parts)).absolute()) if is_local(parts) else parts
         todo = tally.skip_finished(batches, parts)
-        if todo:
-            for made in self._compute(job, todo, parts):
-                tally.add(made)
+        with self._busy():
+            if todo:
+                for made in self._compute(job, todo, parts):
+                    tally.add(made)
         return tally.spent()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Note that this thread waits for workers."""
+        here = threading.current_thread()
+        self._threads.add(here)
+        try:
+            yield
+        finally:
+            self._threads.discard(here)
 
     def _compute(self, job: BatchJob, todo: list[Batch], parts: UPath) -> Iterator[Made]:
         if isinstance(job, VllmJob):
@@ -125,7 +144,7 @@ class RayRuntime:
 
         self.wait_for(self._resources.workers)
         ray.get(self._stable.rest.remote())  # training may need all memory
-        train.run(job, folder, progress, self._resources)
+        train.run(job, folder, progress, self._resources.training)
 
     def wait_for(self, workers: int) -> None:
         """Wait until the cluster is large enough for `workers` workers at a time.
@@ -134,14 +153,30 @@ class RayRuntime:
             ResourceError: It is not after `wait_seconds`; a local cluster does not grow, so
                 nothing is waited for there.
         """
-        wait_for(self._resources, workers, patient=not self._opened_locally())
-        ready, self._ready = self._ready, None
-        if ready:
-            ready()
+        with self._room:  # pools ask at the same time
+            wait_for(self._resources, workers, patient=not self._opened_locally())
+            if self._ready:
+                self._ready.pop()()
+
+    def pools(self) -> tuple[Runtime, Runtime] | None:
+        teachers = self._resources.teacher_workers
+        return (self._pool(teachers), self._pool(self.workers - teachers)) if teachers else None
+
+    def _pool(self, workers: int) -> Runtime:
+        """Return this runtime with fewer workers: on the same session, with the same engines."""
+        pool = copy.copy(self)
+        pool.workers = workers
+        only = {"workers": workers, "teacher_workers": 0}
+        pool._resources = self._resources.model_copy(update=only)
+        return pool
 
     def close(self) -> None:
         """End the engines, and the Ray session if this runtime opened it."""
         ray.kill(self._stable)
+        # After an interrupt pools may be waiting; without engines they fail, and Ray aborts a
+        # process that leaves while they do not.
+        for thread in self._threads - {threading.current_thread()}:
+            thread.join(POOL_SECONDS)
         if self._opened:
             send_to(None)
             ray.shutdown()

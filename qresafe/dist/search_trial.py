@@ -89,7 +89,7 @@ class CpuTrialRuntime(InProcessRuntime):
         self._resources = resources
 
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
-        train.run(job, folder, progress, self._resources, [TuneReportCallback()])
+        train.run(job, folder, progress, self._resources.training, [TuneReportCallback()])
 
 
 class GpuTrialRuntime(RayRuntime):
@@ -98,4 +98,4 @@ class GpuTrialRuntime(RayRuntime):
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         self.wait_for(self._resources.workers)
         ray.get(self._stable.rest.remote())
-        train.run(job, folder, progress, self._resources, [TuneReportCallback()])
+        train.run(job, folder, progress, self._resources.training, [TuneReportCallback()])

@@ -42,4 +42,5 @@ class AnswerHead:
         if self._positions is None:
             return None
         hidden, *rest = inputs
-        return (hidden.flatten(0, 1)[self._positions][None], *rest)
+        positions = self._positions.to(hidden.device)  # the last of several GPUs, it may be
+        return (hidden.flatten(0, 1)[positions][None], *rest)

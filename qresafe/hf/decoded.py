@@ -30,13 +30,14 @@ def load_decoded(folder: Path, dtype: Any, device: str, reason: str) -> Any:
     Args:
         folder: A folder that `QuantizedCheckpoint.open` recognises.
         dtype: "auto" (the checkpoint's), a torch dtype or its name.
-        device: A torch device.
+        device: As `load_model` takes it.
         reason: What to say.
     """
     import torch
 
     from qresafe.hf.checkpoint import load_dense
+    from qresafe.hf.spread import place
 
     warnings.warn(f"{folder.name}: {reason}", stacklevel=2)
     wanted = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return load_dense(folder, wanted)[0].to(device)
+    return place(load_dense(folder, wanted)[0], device)

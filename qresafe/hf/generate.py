@@ -269,7 +269,7 @@ def _answer_logps(
     joined = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     ids, mask = right_pad(joined, pad=0)
     first = min(map(len, prompts)) - 1
-    positions = torch.arange(first, ids.shape[1] - 1, device=model.device)
+    positions = list(range(first, ids.shape[1] - 1))  # a tensor would be on one of several GPUs
     optional = accepted(type(model), {"logits_to_keep": positions})
     result = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **optional)
     kept = result.logits if optional else result.logits[:, first:-1]

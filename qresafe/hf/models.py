@@ -20,6 +20,7 @@ from qresafe.hf.files import check_files, check_names, warn_of_code
 from qresafe.hf.gguf_folder import check_gguf, gguf_file, is_unpacked, unpacked
 from qresafe.hf.hub import hub_gguf, hub_snapshot, is_hub_gguf
 from qresafe.hf.numba_threads import hold_to_one_thread, runs_on_numba
+from qresafe.hf.spread import is_spread, placing, require_inside
 from qresafe.hf.template_probe import check_template
 from qresafe.specs import ModelSpec
 from qresafe.storage import local_folder
@@ -214,14 +215,16 @@ def load_model(
     Args:
         path: Model folder; a remote one is downloaded once.
         dtype: "auto" (what the checkpoint says), a torch dtype or its name.
-        device: A torch device, e.g. "cpu" or "cuda:0"; or "disk", see `qresafe.hf.offloaded`.
+        device: A torch device, e.g. "cpu" or "cuda:0"; several GPUs, see `qresafe.hf.spread`; or
+            "disk", see `qresafe.hf.offloaded`.
         trust_remote_code: Run Python code that comes with the model.
         classifier: The model is a sequence classifier instead.
         scratch: Folder for weights that change, on device "disk".
 
     Raises:
         ModelError: transformers cannot load it, or would fill missing weights at random.
-        ResourceError: An AQLM model is to run on a CPU, and numba is missing.
+        ResourceError: An AQLM model is to run on a CPU, and numba is missing; or the weights do
+            not fit on several GPUs.
         CorruptArtifactError: A weight file is damaged.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -233,7 +236,7 @@ def load_model(
     if reason := decoded_because(read_config(folder)):
         return load_decoded(folder, dtype, device, reason)
     on_numba = runs_on_numba(read_config(folder), device)
-    placed: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
+    placed = placing(device)
     if scratch is not None:
         placed |= {"offload_folder": str(scratch), "offload_buffers": True}
     gguf = gguf_file(folder)
@@ -251,6 +254,8 @@ def load_model(
     except Exception as error:  # whatever a config's odd values lead to
         raise _load_failure(error, folder) from error
     refuse_missing(loaded, folder)
+    if is_spread(device):
+        require_inside(model.hf_device_map, str(folder))
     if (folder / KEPT).is_file():
         from qresafe.hf.overlaid import apply_kept
 

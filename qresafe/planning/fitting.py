@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qresafe.errors import ResourceError
+from qresafe.planning.answering import gpus_of
 from qresafe.planning.hardware import GIB, Cluster, Hardware, gpu_cluster, hardware
 from qresafe.planning.plan import Plan, StagePlan, make_plan
 from qresafe.planning.shapes import ModelShape
 from qresafe.specs import ExperimentSpec
 from qresafe.variants import with_changes
 
+GPUS = "resources.gpus_per_worker"
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -62,7 +64,7 @@ def _with_settings(
 ) -> tuple[ExperimentSpec, dict[str, object]]:
     """Return the spec with the fewest of our changes that make it fit (or with all that help)."""
     settings: dict[str, object] = {}
-    for key, value in _settings(spec):
+    for key, value in _settings(spec, shape, cluster):
         before = make_plan(spec, shape, cluster)
         if not before.misfits:
             break
@@ -72,12 +74,19 @@ def _with_settings(
     return spec, settings
 
 
-def _settings(spec: ExperimentSpec) -> Iterator[tuple[str, object]]:
+def _settings(
+    spec: ExperimentSpec, shape: ModelShape, cluster: Cluster
+) -> Iterator[tuple[str, object]]:
     """Yield settings that take less memory, those that change no result first."""
+    spreads = [(GPUS, each) for each in COUNTS if gpus_of(spec, cluster) < each <= cluster.count]
+    spreads = spreads if cluster.device == "gpu" else []
+    if shape.bytes * shape.parameters > cluster.memory:  # then no batch is small enough
+        yield from spreads
     yield from _halved("evaluate.generate.batch_size", spec.evaluate.generate.batch_size)
     if spec.evaluate.attack:
         yield from _halved("evaluate.attack.batch_size", spec.evaluate.attack.batch_size)
     yield from _halved("pairs.batch_size", spec.pairs.batch_size)
+    yield from spreads
     yield from _halved("patch.micro_batch_size", spec.patch.micro_batch_size)
     if not spec.patch.gradient_checkpointing:
         yield "patch.gradient_checkpointing", True

@@ -26,6 +26,7 @@ PARTS = (
 
 CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 26  # core/blocks.py
 KEPT_SCORES = 1 << 26  # core/snip.py: below it the sums stay on the device
+SLACK = 1.25  # blocks by which accelerate lets a device hold more than its share
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's, in elements, allocated whole
 PARAMETER_BUCKET = 50_000_000  # ZeRO-3's prefetch
 
@@ -239,25 +240,43 @@ def _scores(shape: ModelShape, how: Patching) -> dict[str, float]:
     return {SCORES: on_device + _block(shape, how) * (4 + shape.bytes)}
 
 
+def snip(shape: ModelShape, batch: Batch, device: Literal["cpu", "gpu"]) -> Parts:
+    """Return the parts while SNIP scores full-precision weights, which lie on one device."""
+    how = Patching(rank=1, on="factors", through_grid=False, device=device)
+    held = {WEIGHTS: float(shape.bytes * shape.parameters)}
+    return held | _graph(shape, how, batch, scored=True) | _scores(shape, how)
+
+
+def share_of(shape: ModelShape, devices: int) -> float:
+    """Return the most of a model that one of several devices gets: whole blocks, balanced."""
+    return 1.0 if devices == 1 else min(1.0, 1 / devices + SLACK / shape.blocks)
+
+
 def generate(
-    shape: ModelShape, batch: Batch, weights: float | None = None, caches: int = 1
+    shape: ModelShape,
+    batch: Batch,
+    weights: float | None = None,
+    caches: int = 1,
+    devices: int = 1,
 ) -> Parts:
-    """Return the parts while a batch of prompts is read and answered.
+    """Return the parts while a batch of prompts is read and answered, on the fullest device.
 
     Args:
         shape: Of the model.
         batch: `columns` of prompt and new tokens together, `answers` of new tokens.
         weights: Bytes of the loaded model, where it is not dense.
         caches: Copies of the cache: an attack continues the same prompts several times.
+        devices: Over which the model is spread.
     """
-    width = shape.bytes
+    width, share = shape.bytes, share_of(shape, devices)
+    whole = float(width * shape.parameters if weights is None else weights)
     prompt = batch.sequences * (batch.columns - batch.answers)
     per_token = 2 * shape.kv_heads * shape.head_dim * width
     cache = per_token * batch.tokens * shape.blocks
     repeated = 2 * shape.heads * shape.head_dim * width * batch.tokens
     return {
-        WEIGHTS: float(shape.bytes * shape.parameters if weights is None else weights),
-        CACHE: caches * cache + per_token * batch.tokens,
+        WEIGHTS: share * whole,
+        CACHE: caches * share * cache + per_token * batch.tokens,
         ACTIVATIONS: max(_forward(shape, prompt), repeated),
         LOGITS: batch.sequences * shape.vocabulary * (width + 8.0),
     }
@@ -270,6 +289,7 @@ def score(
     cached: bool,
     log_probs: int,
     weights: float | None = None,
+    devices: int = 1,
 ) -> Parts:
     """Return the parts of a forward pass that reads log-probabilities.
 
@@ -279,12 +299,13 @@ def score(
         cached: Whether the model fills a cache on the way.
         log_probs: float32 copies of the logits that are held together.
         weights: Bytes of the loaded model, where it is not dense.
+        devices: Over which the model is spread.
     """
-    width = shape.bytes
+    width, share = shape.bytes, share_of(shape, devices)
     cache = 2 * shape.kv_heads * shape.head_dim * width * batch.tokens * shape.blocks
     return {
-        WEIGHTS: float(width * shape.parameters if weights is None else weights),
-        CACHE: float(cache if cached else 0),
+        WEIGHTS: share * (width * shape.parameters if weights is None else weights),
+        CACHE: share * cache if cached else 0.0,
         ACTIVATIONS: _forward(shape, batch.tokens),
         LOGITS: float(batch.answers * shape.vocabulary * (width + 4 * log_probs)),
     }

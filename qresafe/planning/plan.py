@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qresafe.planning import memory
+from qresafe.planning.answering import gpus_of, teachers_of
 from qresafe.planning.hardware import GIB, Cluster
 from qresafe.planning.memory import WEIGHTS, Batch, Parts, Patching
 from qresafe.planning.shapes import ModelShape
@@ -31,6 +32,7 @@ class StagePlan:
         seconds: By the clock.
         measured: Whether docs/plan.md holds this memory model against measurements.
         available: Bytes of one device.
+        beside: Whether it runs at the same time as the stage before, on other devices.
     """
 
     name: str
@@ -41,6 +43,7 @@ class StagePlan:
     available: float
     host: float = 0.0
     host_available: float = 0.0
+    beside: bool = False
 
     @property
     def bytes(self) -> float:
@@ -81,7 +84,11 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
+        before, whole = 0.0, 0.0
+        for stage in self.stages:
+            whole += max(0.0, stage.seconds - before) if stage.beside else stage.seconds
+            before = stage.seconds
+        return whole
 
     @property
     def cost(self) -> float:
@@ -123,7 +130,10 @@ class _Planner:
         self.spec, self.shape, self.cluster, self.patched = spec, shape, cluster, patched
         self.rows: Workload = workload(spec)
         self.known: Assumptions = assumptions()
-        self.workers = cluster.count
+        self.workers = cluster.count  # that train; to answer, some may stand together
+        self.each = gpus_of(spec, cluster)
+        self.answering = cluster.count // self.each
+        self.teachers = teachers_of(spec, self.answering)
         self.low_bits = shape.bytes * shape.parameters  # as transformers decodes it
         if spec.quantize.method == "bnb":
             bits = 1.0 if spec.quantize.format == "int8" else 0.5 + 4 / 64
@@ -147,8 +157,12 @@ class _Planner:
 
     def _patching(self) -> Iterator[StagePlan]:
         calibration, tokens = self.rows.calibration, self.spec.pairs.max_new_tokens
-        for label, weights in (("W", None), ("Q0", self.low_bits)):
-            yield self._generate(f"generate {label}, calibration", calibration, tokens, weights)
+        for label, weights, workers in (
+            ("W", None, self.teachers),
+            ("Q0", self.low_bits, self.answering - self.teachers),
+        ):
+            name, beside = f"generate {label}, calibration", bool(self.teachers) and label == "Q0"
+            yield self._generate(name, calibration, tokens, weights, workers=workers, beside=beside)
         if self.spec.pairs.teacher_tokens:
             yield self._distributions()
         if self._compares():
@@ -169,6 +183,8 @@ class _Planner:
     def _quantize(self) -> Iterator[StagePlan]:
         spec = self.spec.quantize
         method = spec.base if isinstance(spec, Critical16Spec) else spec
+        if isinstance(spec, Critical16Spec):
+            yield self._snip(spec)
         if method.method == "checkpoint":
             return
         parts, tokens = self._quantizing(method)
@@ -182,6 +198,14 @@ class _Planner:
             measured=method.method == "llm_qat",
             host=float(self.shape.bytes * self.shape.parameters),
         )
+
+    def _snip(self, spec: Critical16Spec) -> StagePlan:
+        columns = self.known.prompt_tokens + spec.max_new_tokens
+        batch = Batch(spec.batch_size, columns, spec.batch_size * spec.max_new_tokens)
+        parts = memory.snip(self.shape, batch, self.cluster.device)
+        flops = 4 * self.shape.parameters * spec.harmful * columns
+        seconds = self._compute(flops, self.known.train_utilisation, 1)
+        return self._stage("score W (critical16)", parts, seconds, devices=1, measured=False)
 
     def _quantizing(self, method: Any) -> tuple[Parts, float]:
         """Return the memory of a quantizer and the tokens that it trains or calibrates on."""
@@ -217,30 +241,36 @@ class _Planner:
         weights: float | None,
         size: int | None = None,
         caches: int = 1,
+        workers: int = 0,
+        beside: bool = False,
     ) -> StagePlan:
+        workers = workers or self.answering
         size = size or self.spec.evaluate.generate.batch_size
-        each = min(size, math.ceil(rows / self.workers)) or 1
+        each = min(size, math.ceil(rows / workers)) or 1
         batch = Batch(each, self.known.prompt_tokens + new, new)
-        parts = memory.generate(self.shape, batch, weights, caches)
-        batches = math.ceil(rows / each / self.workers)
-        read = (parts[WEIGHTS] + parts[memory.CACHE]) / (
+        parts = memory.generate(self.shape, batch, weights, caches, self.each)
+        batches = math.ceil(rows / each / workers)
+        whole = memory.generate(self.shape, batch, weights, caches)
+        read = (whole[WEIGHTS] + whole[memory.CACHE]) / (
             self.cluster.bandwidth * self.known.decode_bandwidth
         )
         prompts = 2 * self.shape.parameters * rows * self.known.prompt_tokens
         decoding = 2 * self.shape.parameters * rows * new
         share = self.known.score_utilisation
-        first = self._compute(prompts, share, self.workers)
-        seconds = first + max(batches * new * read, self._compute(decoding, share, self.workers))
-        return self._stage(name, parts, seconds)
+        # The GPUs of a worker compute one after the other.
+        first = self._compute(prompts, share, workers)
+        seconds = first + max(batches * new * read, self._compute(decoding, share, workers))
+        devices = workers * self.each
+        return self._stage(name, parts, seconds, devices=devices, beside=beside)
 
     def _distributions(self) -> StagePlan:
         pairs = self.spec.pairs
         columns = self.known.prompt_tokens + pairs.teacher_tokens
         answers = pairs.batch_size * pairs.teacher_tokens
         batch = Batch(pairs.batch_size, columns, answers)
-        parts = memory.score(self.shape, batch, cached=True, log_probs=1)
+        parts = memory.score(self.shape, batch, cached=True, log_probs=1, devices=self.each)
         flops = 2 * self.shape.parameters * self.rows.pool * columns
-        seconds = self._compute(flops, self.known.score_utilisation, self.workers)
+        seconds = self._compute(flops, self.known.score_utilisation, self.answering)
         return self._stage("pairs (W's distributions)", parts, seconds, measured=False)
 
     def _compares(self) -> bool:
@@ -254,15 +284,16 @@ class _Planner:
         columns = self.known.prompt_tokens + pairs.max_new_tokens
         sequences = 2 * pairs.batch_size
         batch = Batch(sequences, columns, sequences * pairs.max_new_tokens)
-        formed = {memory.FORMED: float(self.shape.bytes * self.shape.largest)}  # one at a time
         packed = self._packed()
-        parts = {
-            **memory.score(self.shape, batch, cached=False, log_probs=2, weights=packed),
-            **formed,
-        }
+        read = memory.score(
+            self.shape, batch, cached=False, log_probs=2, weights=packed, devices=self.each
+        )
+        formed = float(self.shape.bytes * self.shape.largest)  # one layer's at a time
+        parts = {**read, memory.FORMED: formed}
         flops = 2 * self.shape.parameters * 2 * self.rows.preferences * columns
-        seconds = self._compute(flops, self.known.score_utilisation, self.workers)
-        return self._stage("reference", parts, seconds, measured=False, host=self._host())
+        seconds = self._compute(flops, self.known.score_utilisation, self.answering)
+        host = self._host() / self.each  # per GPU
+        return self._stage("reference", parts, seconds, measured=False, host=host)
 
     def _patch(self) -> StagePlan:
         spec, shape = self.spec.patch, self.shape
@@ -390,6 +421,7 @@ def _stage_data(stage: StagePlan) -> dict[str, Any]:
         "host_gib": stage.host / GIB,
         "devices": stage.devices,
         "seconds": stage.seconds,
+        "beside": stage.beside,
         "device_hours": stage.device_hours,
         "measured": stage.measured,
     }

@@ -33,12 +33,13 @@ from qresafe.stages.contamination import decontaminate
 from qresafe.stages.decoding import calibration_decoding, teacher_decoding
 from qresafe.stages.endpoint import check_endpoint
 from qresafe.stages.export import export
-from qresafe.stages.generate import check_prompts, generate
+from qresafe.stages.generate import check_prompts
 from qresafe.stages.harness import harness
 from qresafe.stages.judge import check_judges, judge
 from qresafe.stages.pairs import pairs
 from qresafe.stages.patch import needs_reference, patch
 from qresafe.stages.patchable import check_patchable
+from qresafe.stages.pools import Question, ask_at_once
 from qresafe.stages.probe import Probe
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
 from qresafe.stages.quantize import check_ready, quantize
@@ -50,6 +51,7 @@ from qresafe.stages.served import check_engine
 ARMS = (W, CONTROL, Q0, Q, ADAPTER)  # in the order of every table
 ATTACKED = (W, Q0, Q)
 EVALUATION, CALIBRATION = "evaluation", "calibration"
+TEACHER = "teacher"  # who answers for W where the pairs are made, if that is another model
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.run = Run(self.spec.storage, self.spec.name)
-        self._answers: dict[tuple[str, str], Artifact] = {}  # (arm, prompt set) -> completions
+        self._answers: dict[tuple[str, str], Artifact] = {}  # (who, prompt set) -> completions
 
     def check(self) -> None:
         """Find a user's mistakes before anything expensive starts.
@@ -201,9 +203,11 @@ class Experiment:
     @cached_property
     def pairs(self) -> Artifact:
         """The training rows (x, y_w, y_l)."""
+        teacher = W if self.spec.pairs.teacher is None else TEACHER
+        self._ask_both(teacher, CALIBRATION)
         made = pairs(
             self.run,
-            teacher_completions=self._teacher_completions(),
+            teacher_completions=self._answered(teacher, CALIBRATION),
             q0_completions=self.completions(Q0, CALIBRATION),
             tokenizer=self.tokenizer,
             teacher=self.scorer,
@@ -257,23 +261,34 @@ class Experiment:
 
     def completions(self, arm: str, on: str = EVALUATION) -> Artifact:
         """Return an arm's answers to the evaluation or the calibration prompts."""
-        if (arm, on) in self._answers:
-            return self._answers[arm, on]
         if on == EVALUATION:
             self._require_own_answers(arm)
-        made = generate(
-            self.run,
-            label=arm if on == EVALUATION else f"{arm} on {on}",
-            model=self.model(arm),
-            prompts=self.prompts if on == EVALUATION else self.calibration,
-            spec=self.spec.evaluate.generate
-            if on == EVALUATION
-            else calibration_decoding(self.spec),
-            runtime=self.runtime,
-            progress=self.progress,
-        )
-        self._answers[arm, on] = self._note(f"generate {arm} {on}", made)
-        return made
+        return self._answered(arm, on)
+
+    def _answered(self, who: str, on: str) -> Artifact:
+        if (who, on) not in self._answers:
+            asked = self._question(who, on)
+            self._answers[who, on] = asked.ask(self.run, self.runtime, self.progress)
+        return self._note(f"generate {who} {on}", self._answers[who, on])
+
+    def _question(self, who: str, on: str) -> Question:
+        label = who if on == EVALUATION else f"{who} on {on}"
+        if who == TEACHER and (teacher := self.spec.pairs.teacher):
+            spec = teacher_decoding(self.spec, teacher)
+            return Question(label, self.answerer, self.calibration, spec)
+        if on == CALIBRATION:
+            spec = calibration_decoding(self.spec)
+            return Question(label, self.model(who), self.calibration, spec)
+        return Question(label, self.model(who), self.prompts, self.spec.evaluate.generate)
+
+    def _ask_both(self, teacher: str, on: str) -> None:
+        """Have a teacher and Q0 answer at the same time, where each has a pool of workers."""
+        both = (teacher, Q0)
+        pools = self.runtime.pools()
+        if pools and not any((who, on) in self._answers for who in both):
+            asked = [self._question(who, on) for who in both]
+            made = ask_at_once(self.run, asked, pools, self.progress)
+            self._answers |= {(who, on): one for who, one in zip(both, made, strict=True)}
 
     def verdicts(self, arm: str) -> Artifact:
         """Return all judges' verdicts on an arm's answers."""
@@ -327,7 +342,9 @@ class Experiment:
     @cached_property
     def measured(self) -> dict[str, tuple[Artifact, Artifact]]:
         """Arm -> its completions and the verdicts on them."""
-        return {arm: (self.completions(arm), self.verdicts(arm)) for arm in self.arms}
+        arms = self.arms
+        self._ask_both(W, EVALUATION)
+        return {arm: (self.completions(arm), self.verdicts(arm)) for arm in arms}
 
     @cached_property
     def comparison(self) -> Artifact:
@@ -356,21 +373,6 @@ class Experiment:
             stages=tuple(self.stages),
         )
         return self._note("report", report(self.run, given, self.progress))
-
-    def _teacher_completions(self) -> Artifact:
-        """The answers y_w to the calibration prompts."""
-        if self.spec.pairs.teacher is None:
-            return self.completions(W, CALIBRATION)
-        made = generate(
-            self.run,
-            label=f"teacher on {CALIBRATION}",
-            model=self.answerer,
-            prompts=self.calibration,
-            spec=teacher_decoding(self.spec, self.spec.pairs.teacher),
-            runtime=self.runtime,
-            progress=self.progress,
-        )
-        return self._note(f"generate teacher {CALIBRATION}", made)
 
     def _check_teacher(self) -> None:
         teacher, patch = self.spec.pairs.teacher, self.spec.patch

@@ -44,15 +44,18 @@ class ReferenceJob:
     def setup(self, device: str) -> BatchFunction:
         from qresafe.hf.answer_head import AnswerHead
         from qresafe.hf.checkpoint import load_frame
+        from qresafe.hf.spread import place
 
         model, quantized = load_frame(self.q0.ref.on_this_machine().path)
-        attach_frozen(model, quantized)
-        model.to(device)
+        layers = attach_frozen(model, quantized)
+        place(model, device)
+        for layer in layers.values():
+            layer.to(layer.packed.device)  # its grid, too
         head = AnswerHead(model)
 
         def score(rows: list[Row]) -> pa.Table:
             batch = collate([full_row(row, frozenset({"dpo"})) for row in rows], 0)
-            batch = batch.to(torch.device(device))
+            batch = batch.to(model.device)
             with torch.no_grad():
                 logits = head.logits(model, batch.ids, batch.positions)
             logps = answer_logps(logits, batch).double()

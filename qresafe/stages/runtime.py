@@ -42,7 +42,11 @@ class BatchJob(Protocol):
     """Work on batches; it is pickled to the workers, so it holds names and specs, not models."""
 
     def setup(self, device: str) -> BatchFunction:
-        """Load what is needed on `device` ("cpu", "cuda"); return what maps rows to a table."""
+        """Load what is needed on `device`, and return what maps rows to a table.
+
+        Args:
+            device: "cpu", "cuda" or several GPUs, as `load_model` takes it.
+        """
 
 
 class TrainJob(Protocol):
@@ -96,6 +100,12 @@ class Runtime(Protocol):
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         """Run `job` to its end, continuing from what `folder` holds."""
 
+    def pools(self) -> tuple[Runtime, Runtime] | None:
+        """Return the part that answers for W and the one for Q0, at the same time; None: neither.
+
+        They compute batches only, and are not closed.
+        """
+
     def close(self) -> None:
         """Give back what the runtime holds: processes, models, a Ray session of its own."""
 
@@ -104,7 +114,7 @@ class InProcessRuntime:
     """Runs everything in this process (`workers: 0`).
 
     Args:
-        device: "cpu" or "cuda".
+        device: As `load_model` takes it.
         threads: CPU threads for batches. The last bits of a matrix product depend on their
             number, so that equal results need equal counts; None leaves torch's own.
     """
@@ -132,6 +142,9 @@ class InProcessRuntime:
     def train(self, job: TrainJob, folder: UPath, progress: Progress) -> None:
         with logged(folder, 0), cpu_threads(self.threads):
             job.run_local(folder, progress)
+
+    def pools(self) -> None:
+        """There is one process."""
 
     def close(self) -> None:
         """Nothing outlives a call here."""

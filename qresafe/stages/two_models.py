@@ -11,8 +11,9 @@ from qresafe.progress import Progress
 from qresafe.specs import ExperimentSpec
 from qresafe.stages.arms import require_same
 from qresafe.stages.compare import Arms
-from qresafe.stages.generate import check_prompts, generate, plan, template_key
+from qresafe.stages.generate import check_prompts, plan, template_key
 from qresafe.stages.judge import check_judges, judge
+from qresafe.stages.pools import Question, ask_at_once
 from qresafe.stages.prompts import evaluation_prompts, file_prompts
 from qresafe.stages.runtime import Runtime
 
@@ -41,7 +42,7 @@ def answer(
     run.check()
     check_judges(spec.evaluate.judges, run)
     table = file_prompts(prompts) if prompts else evaluation_prompts(spec.evaluate.prompts)
-    table = check_prompts(table)
+    table, decoding = check_prompts(table), spec.evaluate.generate
     models = {
         label: ModelInput.of(resolve(spec.model.model_copy(update={"path": path})))
         for label, path in paths.items()
@@ -49,18 +50,15 @@ def answer(
     templates = {label: template_key(model) for label, model in models.items()}
     require_same("chat templates", templates)
     for model in models.values():
-        plan(model, table, spec.evaluate.generate)
+        plan(model, table, decoding)
+    asked = {label: Question(label, model, table, decoding) for label, model in models.items()}
     made: dict[str, tuple[Artifact, Artifact]] = {}
-    for label, model in models.items():
-        completions = generate(
-            run,
-            label=label,
-            model=model,
-            prompts=table,
-            spec=spec.evaluate.generate,
-            runtime=runtime,
-            progress=progress,
-        )
+    pools, answers = runtime.pools(), dict[str, Artifact]()
+    if pools and len(asked) == len(pools):
+        both = ask_at_once(run, list(asked.values()), pools, progress)
+        answers = dict(zip(asked, both, strict=True))
+    for label, question in asked.items():
+        completions = answers.get(label) or question.ask(run, runtime, progress)
         verdicts = judge(run, completions, spec.evaluate.judges, progress, label, runtime)
         made[label] = (completions, verdicts)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,8 @@ def joined(ready: Any, **fields: Any) -> RayRuntime:
     """Return a runtime without a Ray session."""
     made = object.__new__(RayRuntime)
     resources = load_experiment(None, ["resources.workers=4", "resources.address=h:1"]).resources
-    vars(made).update(_ready=ready, _opened=True, _resources=resources, **fields)
+    room = threading.Lock()
+    vars(made).update(_ready=[ready], _room=room, _opened=True, _resources=resources, **fields)
     return made
 
 

@@ -19,7 +19,7 @@ from qresafe.planning.rows import need
 from qresafe.planning.shapes import shape_of
 from qresafe.planning.workload import workload
 from qresafe.presets import load_experiment, preset_names
-from qresafe.specs import ExperimentSpec
+from qresafe.specs import ExperimentSpec, ResourcesSpec
 
 PRESET = "llama2-7b-chat-int4-4xa100"
 WIDER = ("patch.micro_batch_size=2", "patch.zero_stage=2")  # settings for GPUs of 80 GB
@@ -59,7 +59,7 @@ def test_names_of_devices() -> None:
 @pytest.mark.parametrize("name", GPU_PRESETS)
 def test_a_gpu_preset_fits_what_its_file_names(name: str) -> None:
     text = (Path(ray_jobs.__path__[0]) / "presets" / f"{name}.yaml").read_text()
-    named = set(re.findall(r"\b\d+x[A-Z]\w*-\d+\b", text))
+    named = set(re.findall(r"\b(?:\d+x)+[A-Z]\w*-\d+\b", text))
     assert len(named) == 1, named
     spec, cluster = load_experiment(name), parse_cluster(named.pop())
     assert cluster.count == spec.resources.workers * spec.resources.gpus_per_worker
@@ -132,6 +132,53 @@ def test_a_70b_is_refused_where_nothing_helps() -> None:
     assert plan.misfits
     with pytest.raises(ResourceError, match="no change that we know"):
         require_fit(spec, plan)
+
+
+def test_a_model_that_answers_is_spread_over_the_gpus_of_a_worker() -> None:
+    """13 B weights on GPUs of 24 GB: the patch is sharded over them, answering is not by itself."""
+    small = ("patch.zero_stage=3", "patch.micro_batch_size=1", "patch.gradient_checkpointing=true")
+    thirteen = ("model.path=meta-llama/Llama-2-13b-chat-hf", "patch.rank=16", *small)
+    spec, alone = planned("8xRTX4090-24", *thirteen)
+    assert "generate W, calibration" in {stage.name for stage in alone.misfits}
+    advice = what_would_fit(spec, alone.shape, alone.cluster)
+    assert advice.startswith("would fit: --set resources.gpus_per_worker=2"), advice
+    settings = re.findall(r"--set (\S+?)[,.]*(?= |$)", advice)
+    assert planned("8xRTX4090-24", *thirteen, *settings)[1].misfits == ()
+    _, two = planned("8xRTX4090-24", *thirteen, "resources.gpus_per_worker=2")
+    one, half = (p.stages[1].parts["weights"] for p in (alone, two))
+    assert half == pytest.approx(one * (1 / 2 + 1.25 / 40))  # 40 blocks
+    assert two.stages[1].seconds > alone.stages[1].seconds  # one of two GPUs waits
+    patches = [next(s for s in p.stages if s.name == "patch") for p in (alone, two)]
+    assert patches[0].parts == patches[1].parts  # on all eight GPUs either way
+
+
+def test_w_and_q0_answer_at_the_same_time_on_pools() -> None:
+    _, alone = planned("4xA100-80")
+    _, pools = planned("4xA100-80", "resources.teacher_workers=1")
+    w, q0 = (s for s in pools.stages if s.name.endswith(", calibration"))
+    assert (w.devices, q0.devices) == (1, 3)
+    assert (w.beside, q0.beside) == (False, True)
+    others = sum(s.seconds for s in alone.stages if not s.name.endswith(", calibration"))
+    assert pools.seconds == pytest.approx(others + max(w.seconds, q0.seconds))
+    _, one = planned("1xA100-80", "resources.teacher_workers=1")
+    assert not any(stage.beside for stage in one.stages)  # there is nobody to share with
+
+
+def test_scoring_w_for_critical16_is_planned_too() -> None:
+    _, plan = planned("4xA100-40", "quantize={method: critical16}")
+    scored = plan.stages[0]
+    assert scored.name == "score W (critical16)"
+    assert scored.parts["weights"] == 2 * plan.shape.parameters
+    assert not scored.measured
+
+
+def test_gpus_of_a_worker_are_trained_on_one_by_one() -> None:
+    given = ResourcesSpec(workers=2, gpus_per_worker=4, cpus_per_worker=8)
+    assert given.training == ResourcesSpec(workers=8, gpus_per_worker=1, cpus_per_worker=2)
+    for same in (ResourcesSpec(workers=3), ResourcesSpec(workers=2, gpus_per_worker=0.5)):
+        assert same.training == same
+    with pytest.raises(ValueError, match="whole number"):
+        ResourcesSpec(gpus_per_worker=1.5)
 
 
 def test_time_and_cost_are_arithmetic() -> None:
