@@ -182,7 +182,7 @@ def test_no_default_contradicts_its_own_checks() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads(name: str) -> None:
     spec = load_experiment(name)
-    assert spec.name == re.sub(r"-\d+x[a-z]+\d+$", "", name)  # of what it runs on
+    assert spec.name == re.sub(r"-(\d+x)+[a-z]+\d+$", "", name)  # of what it runs on
     assert load_experiment(name, ["patch.rank=3"]).patch.rank == 3
 
 
@@ -190,6 +190,7 @@ def test_the_presets_of_the_readme_are_packaged() -> None:
     wanted = {"cpu-smoke", "demo", "demo-int2"}
     wanted |= {"llama2-7b-chat-int4-4xa100", "llama3-8b-instruct-nf4"}
     wanted |= {"llama2-7b-chat-int4-8xh100", "llama3-8b-instruct-nf4-8xh100"}
+    wanted |= {"llama2-70b-chat-int4-2x8xh100"}
     assert wanted <= set(preset_names())
 
 
