@@ -13,7 +13,7 @@ from qresafe.embedded.corpus import evaluation_prompts
 from qresafe.errors import ResourceError, SpecError
 from qresafe.planning.fitting import require_fit, what_would_fit
 from qresafe.planning.hardware import GIB, hardware, nearest_kind, parse_cluster
-from qresafe.planning.plan import Plan, make_plan
+from qresafe.planning.plan import Plan, StagePlan, make_plan
 from qresafe.planning.rows import need
 from qresafe.planning.shapes import shape_of
 from qresafe.planning.workload import workload
@@ -94,6 +94,41 @@ def test_activations_that_are_computed_again_make_a_7b_fit_one_40_gb_gpu() -> No
     assert again.misfits == ()
     before, after = (next(s for s in p.stages if s.name == "patch") for p in (plan, again))
     assert after.seconds > before.seconds  # a forward pass more
+
+
+def patch_of(plan: Plan) -> StagePlan:
+    return next(stage for stage in plan.stages if stage.name == "patch")
+
+
+def test_off_load_takes_its_parts_off_the_device() -> None:
+    again = ("patch.gradient_checkpointing=true", "patch.zero_stage=3")
+    kept, optimizer, parameters = (
+        patch_of(planned("4xA100-80", *again, f"patch.offload={where}")[1])
+        for where in ("none", "optimizer", "parameters")
+    )
+    shape = planned("4xA100-80")[1].shape
+    factors = shape.factors(128)
+    # Of 4 GPUs each holds a quarter: 8 bytes a factor of moments; a flat copy of 4.
+    assert kept.parts["optimizer"] == pytest.approx(8 * factors / 4)
+    assert "optimizer" not in optimizer.parts
+    less = kept.parts["LoRA factors"] - optimizer.parts["LoRA factors"]
+    assert less == pytest.approx(4 * factors / 4)
+    assert optimizer.parts["weights"] == kept.parts["weights"]
+    # What stays is the block that is gathered: 32 blocks of 2 bytes a weight.
+    assert parameters.parts["weights"] == pytest.approx(2 * shape.quantized / 32)
+    assert "LoRA factors" not in parameters.parts
+    assert parameters.bytes < optimizer.bytes < kept.bytes
+
+
+def test_off_load_is_proposed_where_checkpointing_is_not_enough() -> None:
+    thirteen = "model.path=meta-llama/Llama-2-13b-chat-hf"
+    spec, plan = planned("1xA100-40", thirteen)
+    settings = re.findall(
+        r"--set (\S+?)[,.]*(?= |$)", what_would_fit(spec, plan.shape, plan.cluster)
+    )
+    assert settings[-2:] == ["patch.gradient_checkpointing=True", "patch.offload=parameters"]
+    assert planned("1xA100-40", thirteen, *settings)[1].misfits == ()
+    assert planned("1xA100-40", thirteen, *settings[:-1])[1].misfits
 
 
 def test_a_70b_is_refused_where_nothing_helps() -> None:
