@@ -208,7 +208,7 @@ class PatchSpec(Spec):
     """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
 
     LATER: ClassVar[frozenset[str]] = frozenset(
-        {"start", "trains", "scale_lr", "gradient_checkpointing"}
+        {"start", "trains", "scale_lr", "gradient_checkpointing", "offload"}
     )
     # flips: single codes, without an adapter; of what is below it reads objective, flips,
     # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
@@ -237,6 +237,9 @@ class PatchSpec(Spec):
     gradient_checkpointing: bool = False  # less memory: activations are computed twice
     checkpoint_every: AtLeastOne = 20
     zero_stage: Literal[0, 1, 2, 3] = 2
+    # What ZeRO keeps in host memory, slower: optimizer: AdamW's state and its step; parameters:
+    # these, and this worker's shard of the weights
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     seed: int = 0
 
     @model_validator(mode="after")
@@ -251,6 +254,16 @@ class PatchSpec(Spec):
             raise ValueError(
                 "scales alone move no code; set start to checkpoint, or trains to both"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sharded(self) -> PatchSpec:
+        if self.offload != "none" and self.method != "masked_lora":
+            raise ValueError("offload is of method masked_lora; set offload to none")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload: optimizer is done by ZeRO; set zero_stage to 1, 2 or 3")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError("offload: parameters is done by ZeRO-3; set zero_stage to 3")
         return self
 
 
@@ -344,6 +357,12 @@ class ExperimentSpec(Spec):
         if isinstance(data, dict) and isinstance(data.get("quantize"), dict):
             return data | {"quantize": {"method": LlmQatSpec().method} | data["quantize"]}
         return data
+
+    @model_validator(mode="after")
+    def _offload_by_workers(self) -> ExperimentSpec:
+        if self.patch.offload != "none" and not self.resources.workers:
+            raise ValueError("patch.offload is done by Ray workers; set resources.workers to 1")
+        return self
 
     @property
     def has_adapter(self) -> bool:

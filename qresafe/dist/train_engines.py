@@ -64,11 +64,14 @@ class DeepSpeedEngine:
         self, model: nn.Module, factors: Mapping[str, nn.Parameter], spec: PatchSpec
     ) -> Any:
         deepspeed = quiet_deepspeed()
+        config = deepspeed_config(spec, self.world_size)
         self._factors, self._stage = dict(factors), spec.zero_stage
+        if self._stage == 3:  # weight by weight: the model need not fit on the device
+            deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.float32)
         self._engine, *_ = deepspeed.initialize(
             model=model.to(self.device),
             optimizer=adamw(self._factors.values(), spec),
-            config=deepspeed_config(spec, self.world_size),
+            config=config,
             dist_init_required=False,
         )
         return self._engine
@@ -166,13 +169,17 @@ class DeepSpeedEngine:
 
 def deepspeed_config(spec: PatchSpec, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration; the loop itself owns micro-batches and the rate."""
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    moved = {"none": (), "optimizer": ("optimizer",), "parameters": ("optimizer", "param")}
+    offload = {f"offload_{what}": dict(host) for what in moved[spec.offload]}
     return {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": spec.max_grad_norm,
         "steps_per_print": 2**31,
-        "zero_optimization": {"stage": spec.zero_stage},
+        "zero_optimization": {"stage": spec.zero_stage} | offload,
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled; torch's AdamW it is
     }
 
 

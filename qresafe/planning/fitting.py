@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qresafe.errors import ResourceError
+from qresafe.errors import ResourceError, SpecError
 from qresafe.planning.answering import gpus_of
 from qresafe.planning.hardware import GIB, Cluster, Hardware, gpu_cluster, hardware
 from qresafe.planning.plan import Plan, StagePlan, make_plan
@@ -68,7 +68,11 @@ def _with_settings(
         before = make_plan(spec, shape, cluster)
         if not before.misfits:
             break
-        after = make_plan(changed := _set(spec, key, value), shape, cluster)
+        try:
+            changed = _set(spec, key, value)
+        except SpecError:  # it does not go with the others
+            continue
+        after = make_plan(changed, shape, cluster)
         if _excess(after) < _excess(before):
             spec, settings[key] = changed, value
     return spec, settings
@@ -91,6 +95,10 @@ def _settings(
     if not spec.patch.gradient_checkpointing:
         yield "patch.gradient_checkpointing", True
     yield from (("patch.zero_stage", stage) for stage in (2, 3) if stage > spec.patch.zero_stage)
+    if spec.patch.offload == "none":
+        yield "patch.offload", "optimizer"
+    if spec.patch.offload != "parameters":
+        yield "patch.offload", "parameters"
     yield "control", False
     yield from _halved("patch.rank", spec.patch.rank)
 

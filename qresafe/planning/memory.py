@@ -71,6 +71,7 @@ class Patching:
         device: "cpu" forms weights in small blocks, "gpu" in large ones.
         latent: Whether it starts from latent weights, of which the offsets are held.
         trains: What it trains.
+        offload: What ZeRO keeps in host memory.
     """
 
     rank: int
@@ -87,6 +88,7 @@ class Patching:
     device: Literal["cpu", "gpu"] = "gpu"
     latent: bool = False
     trains: Literal["codes", "scales", "both"] = "codes"
+    offload: Literal["none", "optimizer", "parameters"] = "none"
 
     @property
     def forms(self) -> bool:
@@ -113,6 +115,8 @@ def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Par
     sharded = factors / how.world_size
     moments = 2 * (sharded if how.zero_stage else factors)
     gradients = sharded if how.zero_stage >= 2 else factors
+    if how.offload != "none":
+        moments, gradients = 0.0, factors if how.zero_stage == 1 else 0.0
     backward = held | _graph(shape, how, batch) | {OPTIMIZER: moments}
     if how.accumulates:
         backward[GRADIENTS] = gradients
@@ -123,6 +127,17 @@ def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Par
     return _peak(phases)
 
 
+def offloaded(shape: ModelShape, how: Patching) -> float:
+    """Return what one process keeps in host memory instead of on its device."""
+    kept = {
+        "none": 0.0,
+        # float32 factors, both moments, and the gradient
+        "optimizer": 16.0 * _trained(shape, how),
+    }
+    kept["parameters"] = kept["optimizer"] + _codes(shape, how) + _weights(shape, how)
+    return kept[how.offload] / how.world_size
+
+
 def _trained(shape: ModelShape, how: Patching) -> float:
     """Return how many numbers the optimizer moves."""
     factors = 0 if how.trains == "scales" else shape.factors(how.rank)
@@ -130,23 +145,36 @@ def _trained(shape: ModelShape, how: Patching) -> float:
     return factors + scales
 
 
+def _codes(shape: ModelShape, how: Patching) -> float:
+    return how.bits / 8 * shape.quantized
+
+
+def _weights(shape: ModelShape, how: Patching) -> float:
+    """Return the bytes of weights that lie there as such: what is not quantized, or kept."""
+    return float(shape.bytes * (shape.other + (shape.quantized if how.keeps else 0)))
+
+
 def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     """Return what lies there from beginning to end."""
     factors, shards = 4.0 * _trained(shape, how), how.world_size if how.zero_stage == 3 else 1
-    codes = how.bits / 8 * shape.quantized
-    kept = shape.bytes * shape.quantized if how.keeps else 0
-    gathered = (codes + kept) / shape.blocks if shards > 1 else 0
+    away = how.offload == "parameters"
+    codes, weights = _codes(shape, how), _weights(shape, how)
+    block = (codes + weights - shape.bytes * shape.other) / shape.blocks
+    gathered = block if shards > 1 or away else 0
     scales = shape.quantized / how.group_size * (shape.bytes + 1)
     ends = sum(rows + columns for rows, columns in shape.linears)
     masks = shape.quantized / 8 if how.on == "weight" else ends + 4 * factors
     masks = 0 if how.trains == "scales" else masks
-    masters = factors / how.world_size if how.zero_stage else 0  # DeepSpeed's flat copies
+    flat = how.zero_stage and how.offload == "none"
+    masters = factors / how.world_size if flat else 0  # DeepSpeed's flat copies
     found = {
-        WEIGHTS: (kept + shape.bytes * shape.other) / shards + gathered,
-        CODES: codes / shards + (4.0 * shape.quantized if how.latent else 0.0) + scales,
+        WEIGHTS: (0 if away else weights / shards) + gathered,
+        CODES: (0 if away else codes / shards) + scales,
         MASKS: float(masks),
-        ADAPTER: factors / shards + masters,
+        ADAPTER: 0.0 if away else factors / shards + masters,
     }
+    if how.latent:  # the offsets
+        found[CODES] += 4.0 * shape.quantized
     if how.zero_stage and how.device == "gpu":  # on a CPU their untouched pages cost nothing
         prefetched = shape.bytes * PARAMETER_BUCKET if how.zero_stage == 3 else 0
         found[BUFFERS] = 4.0 * REDUCE_BUCKET + prefetched

@@ -328,7 +328,8 @@ class _Planner:
             samples = min(spec.mask.samples, max(1, self.rows.pool))
             flops += renewals * samples * scoring.columns * self._flops_per_token()
         seconds = self._compute(flops, self.known.train_utilisation, self.workers)
-        return self._stage("patch", parts, seconds, host=self._host())
+        host = max(self._host(), self._packed() + memory.offloaded(shape, how))
+        return self._stage("patch", parts, seconds, host=host)
 
     def _row(self) -> tuple[int, int, int]:
         """Return a training row's answer tokens, its sequences, and positions with a teacher."""
@@ -408,6 +409,7 @@ def patching(
         device=device,
         latent=spec.start == "latent",
         trains=spec.trains,
+        offload=spec.offload if distributed else "none",
     )
 
 

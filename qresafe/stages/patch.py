@@ -155,7 +155,7 @@ def patch(
 
 def key_spec(spec: PatchSpec) -> dict[str, Any]:
     """Return the part of a patch's spec that its bits depend on."""
-    left_out = {"checkpoint_every", "gradient_checkpointing"}
+    left_out = {"checkpoint_every", "gradient_checkpointing", "offload"}
     if not spec.changes:
         left_out.add("changes")
     if spec.method != "flips":

@@ -14,7 +14,7 @@ from qresafe.errors import ResourceError, SpecError
 from qresafe.planning.bases import bases
 from qresafe.planning.fitting import require_fit, what_would_fit
 from qresafe.planning.hardware import GIB, hardware, nearest_kind, parse_cluster
-from qresafe.planning.plan import Plan, make_plan
+from qresafe.planning.plan import Plan, StagePlan, make_plan
 from qresafe.planning.rows import need
 from qresafe.planning.shapes import shape_of
 from qresafe.planning.workload import workload
@@ -123,6 +123,41 @@ def test_codes_lie_whole_on_every_gpu_or_sharded() -> None:
     assert "(4 bits) in the patch: sharded over the GPUs, " in both.text
     assert "; whole on every GPU (--set patch.zero_stage=2), " in both.text
     assert bases(*planned("1xA100-80", *settings)) is None
+
+
+def patch_of(plan: Plan) -> StagePlan:
+    return next(stage for stage in plan.stages if stage.name == "patch")
+
+
+def test_off_load_takes_its_parts_off_the_device() -> None:
+    again = ("patch.gradient_checkpointing=true", "patch.zero_stage=3")
+    kept, optimizer, parameters = (
+        patch_of(planned("4xA100-80", *again, f"patch.offload={where}")[1])
+        for where in ("none", "optimizer", "parameters")
+    )
+    shape = planned("4xA100-80")[1].shape
+    factors = shape.factors(128)
+    # Of 4 GPUs each holds a quarter: 8 bytes a factor of moments; a flat copy of 4.
+    assert kept.parts["optimizer"] == pytest.approx(8 * factors / 4)
+    assert "optimizer" not in optimizer.parts
+    less = kept.parts["LoRA factors"] - optimizer.parts["LoRA factors"]
+    assert less == pytest.approx(4 * factors / 4)
+    assert optimizer.parts["weights"] == kept.parts["weights"]
+    # What stays is the block that is gathered: one of 32, of 4 bits a weight.
+    assert parameters.parts["weights"] == pytest.approx(shape.quantized / 2 / 32)
+    assert "LoRA factors" not in parameters.parts
+    assert parameters.bytes < optimizer.bytes < kept.bytes
+
+
+def test_off_load_is_proposed_where_checkpointing_is_not_enough() -> None:
+    wide = "patch.rank=1024"
+    spec, plan = planned("1xRTX4090-24", wide)
+    settings = re.findall(
+        r"--set (\S+?)[,.]*(?= |$)", what_would_fit(spec, plan.shape, plan.cluster)
+    )
+    assert settings == ["patch.gradient_checkpointing=True", "patch.offload=optimizer"]
+    assert planned("1xRTX4090-24", wide, *settings)[1].misfits == ()
+    assert planned("1xRTX4090-24", wide, settings[0])[1].misfits
 
 
 def test_a_70b_is_refused_where_nothing_helps() -> None:
