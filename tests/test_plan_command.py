@@ -34,7 +34,7 @@ def test_what_fits_is_a_table_and_ends_with_0(cli: Any) -> None:
 
 def test_what_cannot_fit_ends_with_2_and_says_what_would(cli: Any) -> None:
     wider = ("--set", "patch.micro_batch_size=2", "--set", "patch.zero_stage=2")
-    code, out, err = cli("plan", PRESET, "--cluster", "4xA100-40", *wider, "--json")
+    code, out, err = cli("plan", PRESET, "--cluster", "4xA10G-24", *wider, "--json")
     assert code == 2
     assert "would fit: --set patch.micro_batch_size=" in err
     assert "Traceback" not in err

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qresafe.planning.hardware import GIB
-from qresafe.planning.plan import Plan, code_bits, make_plan
+from qresafe.planning.patching import code_bits
+from qresafe.planning.plan import Plan, make_plan
 from qresafe.specs import ExperimentSpec
 from qresafe.variants import with_changes
 

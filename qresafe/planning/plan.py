@@ -10,11 +10,12 @@ from typing import Any
 from qresafe.planning import memory
 from qresafe.planning.answering import gpus_of, teachers_of
 from qresafe.planning.hardware import GIB, Cluster
-from qresafe.planning.memory import WEIGHTS, Batch, Parts, Patching
+from qresafe.planning.memory import WEIGHTS, Batch, Parts
+from qresafe.planning.patching import code_bits, patching
 from qresafe.planning.shapes import ModelShape
 from qresafe.planning.workload import Assumptions, Workload, assumptions, steps_of, workload
-from qresafe.quantize_specs import AqlmSpec, BnbSpec, Critical16Spec, LlmQatSpec
-from qresafe.specs import ExperimentSpec, PatchSpec
+from qresafe.quantize_specs import Critical16Spec, LlmQatSpec
+from qresafe.specs import ExperimentSpec
 
 SECONDS = 3600.0
 HOST_COPIES = 2  # a checkpoint's decoded weights and the model that takes them up
@@ -370,47 +371,6 @@ class _Planner:
 
     def _compute(self, flops: float, utilisation: float, devices: int) -> float:
         return flops / (devices * self.cluster.tflops * 1e12 * utilisation)
-
-
-def code_bits(spec: Any) -> float:
-    """Return the bits per weight of a quantizer's codes; 8 where only its files would tell."""
-    if (base := getattr(spec, "base", None)) is not None:
-        return code_bits(base)
-    if isinstance(spec, AqlmSpec):
-        return spec.codebooks * spec.codebook_bits / spec.group_size
-    if isinstance(spec, BnbSpec):
-        return 8 if spec.format == "int8" else 4
-    return float(getattr(spec, "bits", 8))
-
-
-def patching(
-    spec: PatchSpec,
-    workers: int,
-    group_size: int,
-    device: Any,
-    *,
-    bits: float = 8,
-    distributed: bool = True,
-) -> Patching:
-    """Return the settings of a patch that its memory depends on."""
-    plain = spec.method != "masked_lora"  # a LoRA adapter beside frozen weights
-    return Patching(
-        rank=spec.rank,
-        on="factors" if plain else spec.mask.on,
-        through_grid=spec.through_grid and not plain,
-        group_size=group_size,
-        bits=8 if plain else bits,
-        accumulates=spec.batch_size > spec.micro_batch_size * workers,
-        remasks=spec.mask.remask_every > 0,
-        snip=spec.mask.score == "snip" and not plain and spec.trains != "scales",
-        checkpointing=spec.gradient_checkpointing,
-        zero_stage=spec.zero_stage if distributed else 0,
-        world_size=workers,
-        device=device,
-        latent=spec.start == "latent",
-        trains=spec.trains,
-        offload=spec.offload if distributed else "none",
-    )
 
 
 def _stage_data(stage: StagePlan) -> dict[str, Any]:
