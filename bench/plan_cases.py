@@ -123,6 +123,7 @@ def _patch(case: dict[str, Any], shape: ModelShape, kind: Any) -> Parts:
         on=spec.mask.on,
         through_grid=spec.through_grid,
         group_size=case["group_size"],
+        bits=4,  # as `plan_case.quantized` rounds
         accumulates=spec.batch_size > spec.micro_batch_size,
         checkpointing=spec.gradient_checkpointing,
         device=kind,

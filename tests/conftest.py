@@ -79,9 +79,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _close_captured(file: capture.EncodedFile) -> None:
     """Close what pytest captures output in, if it is pytest that asks.
 
-    Once in some thirty runs of the suite something else closed it, and every later test of that
-    process failed (pytest's issues 14528 and 11572 tell the same of others). Who it is now stands
-    in the warnings, and costs no test.
+    In one run of the suite something else had closed it, and every later test of that process
+    failed (pytest's issues 14528 and 11572 tell the same of others). Who it is now stands in the
+    warnings, and costs no test.
     """
     if sys._getframe(1).f_code.co_filename == capture.__file__:
         io.TextIOWrapper.close(file)

@@ -77,13 +77,6 @@ class MaskedLoraLinear(PatchedLinear, ABC):
     @abstractmethod
     def _factors(self) -> Factors: ...
 
-    def _product(self, factors: Factors, rows: slice) -> Tensor:
-        A, B = factors
-        mask = self._weight_mask(rows)
-        change = (B[rows] * self.scaling) @ A
-        change = change.to(torch.promote_types(change.dtype, torch.float32))
-        return change if mask is None else change.mul_(mask)
-
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, rank={self.rank}"
 

@@ -48,6 +48,7 @@ class PatchedLinear(nn.Module, ABC):
     weight: Tensor  # (out, in), or empty where it is not kept: its dtype is the layer's
     packed: Tensor  # of `pack_codes`; a parameter, so that ZeRO-3 shards it
     log_scale: Tensor | None
+    scaling: float  # of the factors' product, where there are factors
 
     def __init__(
         self,
@@ -111,7 +112,11 @@ class PatchedLinear(nn.Module, ABC):
 
     def _product(self, factors: Factors, rows: slice) -> Tensor:
         """Return the factors' change of a block of rows, in at least float32."""
-        raise NotImplementedError
+        A, B = factors
+        mask = self._weight_mask(rows)
+        change = (B[rows] * self.scaling) @ A
+        change = change.to(torch.promote_types(change.dtype, torch.float32))
+        return change if mask is None else change.mul_(mask)
 
     def effective_weight(self) -> Tensor:
         """Return Q (through the grid) or start + change (out, in), differentiable in `trained`."""

@@ -26,8 +26,8 @@ def patching(
     group_size: int,
     device: Any,
     *,
-    bits: float = 8,
-    distributed: bool = True,
+    bits: float,
+    distributed: bool,
 ) -> Patching:
     """Return the settings of a patch that its memory depends on."""
     plain = spec.method != "masked_lora"  # a LoRA adapter beside frozen weights
