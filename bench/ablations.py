@@ -88,8 +88,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
-    by_seed = [rows(seed) for seed in args.seeds]
-    wanted = [row for one in zip(*by_seed, strict=True) for row in one]  # all seeds of a row
+    wanted = all_rows(args.seeds)
     chosen = [row for row in wanted if not args.only or row.part in (*args.only, "bases")]
     if not args.page:
         last_start = time.time() + 60 * args.minutes
@@ -107,6 +106,15 @@ def plan() -> dict[str, Any]:
     return dict(read_yaml((HERE / "ablations.yaml").read_text()))
 
 
+def all_rows(seeds: Sequence[int]) -> list[Row]:
+    """Return the plan's rows, all seeds of a row one after the other."""
+    listed = [row for seed in seeds for row in rows(seed)]
+    places: dict[tuple[str, str], int] = {}
+    for row in listed:
+        places.setdefault((row.part, row.label), len(places))
+    return sorted(listed, key=lambda row: places[row.part, row.label])
+
+
 def rows(seed: int) -> Iterator[Row]:
     """Yield the plan's rows for one seed, what others build on first."""
     whole = plan()
@@ -122,8 +130,11 @@ def rows(seed: int) -> Iterator[Row]:
                 yield Row(name, label, "Q", {"patch": changes}, seed)
     for name, group in whole["groups"].items():
         part = "pairs" if group.get("pairs") else "patch"
+        if seed not in group.get("seeds", [seed]):
+            continue
         for label, changes in group["rows"].items():
-            yield Row(name, label, "Q", {part: changes}, seed)
+            for suffix, arm in group.get("arms", {"": "Q"}).items():
+                yield Row(name, label + suffix, arm, {part: changes}, seed)
     races = whole["races"]
     probe = {"every": races["every"], "prompts": races["prompts"]}
     for label, changes in races["rows"].items():

@@ -37,7 +37,7 @@ GRIDS: Mapping[str, Mapping[str, Any]] = {
     "INT4": {"method": "llm_qat", "bits": 4, "calibration": {"risk": "III"}},
     "NF4": {"method": "qlora", "calibration": {"risk": "III"}},
 }  # fmt: skip
-LOOK_EVERY, LOOK_AT = 10, 100  # rounds between two looks, and prompts per axis, for the plot
+LOOK_EVERY, LOOK_AT = 15, 60  # rounds between two looks, and prompts per axis, for the plot
 
 
 @dataclass(frozen=True)

@@ -47,14 +47,14 @@ class Task:
     @property
     def key(self) -> str:
         """The same for equal rows of two tables."""
-        spec = self.arm.spec.model_dump(mode="json", exclude={"storage"}) if self.arm.spec else ""
+        spec = self.arm.spec.key_data({"storage"}) if self.arm.spec else ""
         return content_key([spec, self.arm.arm.quantizer, list(self.arm.cells), self.seed])
 
     @property
     def quantized(self) -> str:
         """The same for rows that share their Q0."""
         spec = self.arm.spec
-        return content_key([spec.quantize.model_dump(mode="json") if spec else None, self.seed])
+        return content_key([spec.quantize.key_data() if spec else None, self.seed])
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
-"""Does a patch carry over? From one Q0 to another of the same W, and onto another patch.
+"""Does a patch carry over? To other prompts, to another Q0 of the same W, onto another patch.
 
-    python -m bench.transfer                   # seed 0, test prompts: a table
+    python -m bench.transfer                   # seed 0, test prompts: two tables
+    python -m bench.transfer --only prompts    # one of them
 
 What a patch changes in the decoded weights, Q - Q0, is added to another quantized model of the same
 W and rounded to that one's grid: no training there. "Composed" adds what two patches of one Q0
 change, each trained on a part of the pairs. Every model is exported, reloaded and asked as usual.
+"Prompts" asks what none of our templates wrote: AdvBench, where its file is at hand.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,8 @@ HALVES: dict[str, dict[str, Any]] = {  # of the pairs
     "harmful and benign pairs": {"borderline": 0, "recombined": 0},
     "borderline and benign pairs": {"harmful": 0},
 }
+ADVBENCH = Path(__file__).parents[2] / "shared" / "data" / "advbench" / "harmful_behaviors.csv"
+ASKED = ("attack_success", "compliance", "coherence")
 COLUMNS = ("attack_success", "over_refusal", "exact_match")
 
 
@@ -37,12 +42,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--storage", default=".bench/transfer")
+    parser.add_argument("--only", choices=["models", "prompts"], nargs="+")
+    parser.add_argument("--advbench", type=Path, default=ADVBENCH, help="harmful_behaviors.csv")
     args = parser.parse_args()
-    print("| seed | model | patch | " + " | ".join(COLUMNS) + " | codes changed |")
-    print("|---|---|---|---|---|---|---|")
-    for seed in args.seeds:
-        between_models(seed, args.split, args.storage)
-        composed(seed, args.split, args.storage)
+    only = args.only or ["models", "prompts"]
+    if "models" in only:
+        print("| seed | model | patch | " + " | ".join(COLUMNS) + " | codes changed |")
+        print("|---|---|---|---|---|---|---|")
+        for seed in args.seeds:
+            between_models(seed, args.split, args.storage)
+            composed(seed, args.split, args.storage)
+    if "prompts" in only and args.advbench.exists():
+        print("| seed | prompts | n | arm | " + " | ".join(ASKED) + " |")
+        print("|---|---|---|---|" + "---|" * len(ASKED))
+        for seed in args.seeds:
+            other_prompts(seed, args.advbench, args.storage)
 
 
 def between_models(seed: int, split: str, storage: str) -> None:
@@ -75,9 +89,26 @@ def composed(seed: int, split: str, storage: str) -> None:
     show(name, "both composed", measure(both, name, "both composed", "Q"))
 
 
-def made_of(changes: dict[str, Any], seed: int, split: str, storage: str) -> Any:
+def other_prompts(seed: int, advbench: Path, storage: str) -> None:
+    """Ask W, Q0 and Q, patched on the embedded prompts, those of AdvBench."""
+    prompts = [{"benchmark": "advbench", "path": str(advbench), "split": "train"}]
+    quantize = next(iter(MODELS.values()))
+    asked = made_of({"quantize": quantize}, seed, "test", storage, {"prompts": prompts})
+    for arm in ("W", "Q0", "Q"):
+        cell = measure(asked, "AdvBench", arm, arm)
+        shares = " | ".join(f"{100 * (cell.measures[name] or 0):.1f}" for name in ASKED)
+        print(f"| {seed} | AdvBench | {cell.n['attack_success']} | {arm} | {shares} |", flush=True)
+
+
+def made_of(
+    changes: dict[str, Any],
+    seed: int,
+    split: str,
+    storage: str,
+    evaluate: dict[str, Any] | None = None,
+) -> Any:
     """Return an experiment with the default patch, in this process."""
-    own = {"control": False, "evaluate": {"adapter": False}}
+    own = {"control": False, "evaluate": {"adapter": False} | (evaluate or {})}
     return experiment_of(Row("transfer", "", "Q", "demo", own | changes, seed), split, storage)
 
 

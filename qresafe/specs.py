@@ -208,12 +208,14 @@ class PatchSpec(Spec):
     """The safety patch: masked LoRA on Q0's grid, code flips, or a usual repair to compare with."""
 
     LATER: ClassVar[frozenset[str]] = frozenset(
-        {"start", "trains", "scale_lr", "gradient_checkpointing", "offload"}
+        {"start", "trains", "scale_lr", "updates", "gradient_checkpointing", "offload"}
     )
     # flips: single codes, without an adapter; of what is below it reads objective, flips,
-    # micro_batch_size and seed. dpo, sft: TRL with a plain LoRA adapter, rounded afterwards; no
-    # objective, mask or grid.
+    # micro_batch_size and seed. dpo, sft: TRL without a mask, rounded afterwards; no objective or
+    # grid.
     method: Literal["masked_lora", "flips", "dpo", "sft"] = "masked_lora"
+    # Of dpo and sft: a plain LoRA adapter, or every weight of the layers that Q0 quantized
+    updates: Literal["lora", "full"] = "lora"
     objective: ObjectiveSpec = ObjectiveSpec()
     flips: FlipsSpec = FlipsSpec()
     mask: MaskSpec = MaskSpec()
@@ -248,6 +250,8 @@ class PatchSpec(Spec):
             raise ValueError("start: latent is of method masked_lora; set start to checkpoint")
         if self.trains != "codes" and self.method != "masked_lora":
             raise ValueError("scales are trained by method masked_lora; set trains to codes")
+        if self.updates == "full" and self.method not in ("dpo", "sft"):
+            raise ValueError("updates: full is of methods dpo and sft; set updates to lora")
         if self.trains != "codes" and not self.through_grid:
             raise ValueError("scales are trained through the grid; set through_grid to true")
         if self.trains == "scales" and self.start == "latent":

@@ -1,4 +1,4 @@
-"""The usual ways to repair a model, by TRL and PEFT: LoRA trained with DPO, or with SFT."""
+"""The usual ways to repair a model, by TRL: DPO or SFT, of a LoRA adapter or of all weights."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def dpo(
     work: Path,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train a LoRA adapter by TRL's DPOTrainer on the preference rows and merge it.
+    """Train by TRL's DPOTrainer on the preference rows: a LoRA adapter, merged, or all weights.
 
     Args:
         model: Q0 with decoded float weights; changed in place. It is its own reference.
         tokenizer: Its tokenizer.
         rows: Of pairs.parquet; only preference rows are used.
         spec: rank, alpha, beta, rate, warm-up, weight decay, batch size, steps and seed are the
-            same as a patch's.
-        layers: Names of the linear layers to adapt: those that Q0 quantized.
+            same as a patch's; `updates` is "lora" or "full".
+        layers: Names of the linear layers to adapt, or to train whole: those that Q0 quantized.
         work: Folder for the trainer's files.
         progress: Advances by steps.
 
     Returns:
-        The model with the adapter merged into its weights, and the trainer's log of each step.
+        The model with what was trained in its weights, and the trainer's log of each step.
 
     Raises:
         DataError: There is no preference row.
@@ -65,7 +65,7 @@ def sft(
     work: Path,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train a LoRA adapter by TRL's SFTTrainer on W's answers of all rows and merge it.
+    """Train by TRL's SFTTrainer on W's answers of all rows: an adapter, merged, or all weights.
 
     Arguments, result and errors are those of `dpo`; the loss is on answer tokens only.
     """
@@ -120,18 +120,29 @@ def _train(
 
     if not data:
         raise DataError("no row to train the baseline on", remedy="add calibration prompts")
+    whole = spec.updates == "full"
+    if whole:
+        _free_only(model, layers)
     trained = trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(data),
         processing_class=tokenizer,
-        peft_config=lora_config(spec, layers),
+        peft_config=None if whole else lora_config(spec, layers),
         callbacks=[_advancing(progress or Silent())],
     )
     trained.remove_callback(PrinterCallback)  # the log is returned, not printed
     trained.train()
     log = [entry for entry in trained.state.log_history if "loss" in entry]
-    return trained.model.merge_and_unload().eval(), log
+    made = trained.model if whole else trained.model.merge_and_unload()
+    return made.eval(), log
+
+
+def _free_only(model: Any, layers: Sequence[str]) -> None:
+    """Let the weights of some layers be trained and nothing else: only they have codes."""
+    model.requires_grad_(False)
+    for name in layers:
+        model.get_submodule(name).weight.requires_grad_(True)
 
 
 def _advancing(progress: Progress) -> Any:

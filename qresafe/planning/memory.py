@@ -70,7 +70,7 @@ class Patching:
         world_size: Processes that train together.
         device: "cpu" forms weights in small blocks, "gpu" in large ones.
         latent: Whether it starts from latent weights, of which the offsets are held.
-        trains: What it trains.
+        trains: What it trains; "weights" are all of the quantized layers, without an adapter.
         offload: What ZeRO keeps in host memory.
     """
 
@@ -87,7 +87,7 @@ class Patching:
     world_size: int = 1
     device: Literal["cpu", "gpu"] = "gpu"
     latent: bool = False
-    trains: Literal["codes", "scales", "both"] = "codes"
+    trains: Literal["codes", "scales", "both", "weights"] = "codes"
     offload: Literal["none", "optimizer", "parameters"] = "none"
 
     @property
@@ -98,7 +98,7 @@ class Patching:
     @property
     def keeps(self) -> bool:
         """Whether decoded weights are kept beside the codes: where nothing rounds them again."""
-        return not self.through_grid and self.trains == "codes"
+        return not self.through_grid and self.trains in ("codes", "weights")
 
 
 def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Parts:
@@ -140,6 +140,8 @@ def offloaded(shape: ModelShape, how: Patching) -> float:
 
 def _trained(shape: ModelShape, how: Patching) -> float:
     """Return how many numbers the optimizer moves."""
+    if how.trains == "weights":
+        return float(shape.quantized)
     factors = 0 if how.trains == "scales" else shape.factors(how.rank)
     scales = 0.0 if how.trains == "codes" else shape.quantized / how.group_size
     return factors + scales
@@ -164,14 +166,14 @@ def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     scales = shape.quantized / how.group_size * (shape.bytes + 1)
     ends = sum(rows + columns for rows, columns in shape.linears)
     masks = shape.quantized / 8 if how.on == "weight" else ends + 4 * factors
-    masks = 0 if how.trains == "scales" else masks
+    masks = 0 if how.trains in ("scales", "weights") else masks
     flat = how.zero_stage and how.offload == "none"
     masters = factors / how.world_size if flat else 0  # DeepSpeed's flat copies
     found = {
         WEIGHTS: (0 if away else weights / shards) + gathered,
         CODES: (0 if away else codes / shards) + scales,
         MASKS: float(masks),
-        ADAPTER: 0.0 if away else factors / shards + masters,
+        ADAPTER: 0.0 if away or how.trains == "weights" else factors / shards + masters,
     }
     if how.latent:  # the offsets
         found[CODES] += 4.0 * shape.quantized
@@ -230,7 +232,8 @@ def _block_activations(shape: ModelShape, how: Patching) -> float:
     inputs = width * (2 * hidden + queries + inner)  # of the seven layers, shared where they can
     attention = width * (queries + repeated)
     gate = width * 3 * inner  # before and after the activation, and its partner
-    return norms + inputs + attention + gate + (0 if how.forms else _low_rank(shape, how))
+    beside = not how.forms and how.trains != "weights"
+    return norms + inputs + attention + gate + (_low_rank(shape, how) if beside else 0)
 
 
 def _low_rank(shape: ModelShape, how: Patching) -> float:

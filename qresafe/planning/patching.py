@@ -30,7 +30,7 @@ def patching(
     distributed: bool,
 ) -> Patching:
     """Return the settings of a patch that its memory depends on."""
-    plain = spec.method != "masked_lora"  # a LoRA adapter beside frozen weights
+    plain = spec.method != "masked_lora"  # an adapter beside frozen weights, or these themselves
     return Patching(
         rank=spec.rank,
         on="factors" if plain else spec.mask.on,
@@ -45,6 +45,6 @@ def patching(
         world_size=workers,
         device=device,
         latent=spec.start == "latent",
-        trains=spec.trains,
+        trains="weights" if spec.updates == "full" else spec.trains,
         offload=spec.offload if distributed else "none",
     )

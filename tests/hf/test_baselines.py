@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,16 @@ def test_dpo_loss_and_gradients_equal_trl_with_a_peft_adapter(
             torch.testing.assert_close(factor.grad, theirs_grad, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("updates", ["lora", "full"])
 @pytest.mark.parametrize("method", [baselines.dpo, baselines.sft])
 def test_baseline_changes_the_adapted_layers_only(
-    method: Any, tokenizer: Any, tmp_path: Path
+    method: Any, updates: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     model = tiny_model()
     layers = list(quantize_in_place(model))[:3]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    merged, log = method(model, tokenizer, preference_rows(), SPEC, layers=layers, work=tmp_path)
+    spec = SPEC.model_copy(update={"updates": updates})
+    merged, log = method(model, tokenizer, preference_rows(), spec, layers=layers, work=tmp_path)
     assert len(log) == SPEC.steps
     after = merged.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -112,3 +115,33 @@ def test_baseline_without_rows_is_a_data_error(tokenizer: Any, tmp_path: Path) -
     layers = list(quantize_in_place(model))
     with pytest.raises(DataError, match="no row to train the baseline on"):
         baselines.dpo(model, tokenizer, [], SPEC, layers=layers, work=tmp_path)
+
+
+def test_the_first_step_of_full_dpo_is_adamw_by_hand(tokenizer: Any, tmp_path: Path) -> None:
+    """AdamW's first step moves each weight by lr * g / (|g| + eps), against the gradient.
+
+    With the reference equal to the model the loss of each pair is log 2, and dloss/dmargin is
+    -beta / 2: the gradient is that of -beta / 2 * mean(log p(y_w) - log p(y_l)).
+    """
+    spec = SPEC.model_copy(
+        update={"method": "dpo", "updates": "full", "steps": 1, "warmup_steps": 0,
+                "batch_size": 5, "max_grad_norm": 1e9, "weight_decay": 0.0}
+    )  # fmt: skip
+    rows = preference_rows()
+    by_hand, model = tiny_model(), tiny_model()
+    quantize_in_place(by_hand)
+    layers = list(quantize_in_place(model))
+    batch = collate([full_row(row, frozenset({"dpo"})) for row in rows], 0)
+    logits = AnswerHead(by_hand).logits(by_hand, batch.ids, batch.positions)
+    logps = answer_logps(logits, batch)
+    margin = (logps[: len(rows)] - logps[len(rows) :]).mean()
+    (-spec.objective.beta / 2 * margin).backward()
+    trained, log = baselines.dpo(model, tokenizer, rows, spec, layers=layers, work=tmp_path)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    for name in layers:
+        start = by_hand.get_submodule(name).weight
+        step = (trained.get_submodule(name).weight - start).detach()
+        gradient = start.grad
+        clear = gradient.abs() > 1e-2 * gradient.abs().max()  # not drowned in float32's noise
+        expected = -spec.lr * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(step[clear], expected[clear], rtol=1e-2, atol=0)

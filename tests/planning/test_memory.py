@@ -57,6 +57,17 @@ def test_trained_scales_take_16_bytes_each_and_no_mask() -> None:
     assert parts["both"]["masks"] == MODEL.quantized / 8  # a bit a weight
 
 
+def test_a_full_baseline_holds_a_gradient_and_two_moments_of_each_weight() -> None:
+    full = replace(HOW, on="factors", through_grid=False, snip=False, trains="weights")
+    parts = memory.patch(MODEL, full, BATCH, BATCH)
+    weights = memory.patch(MODEL, replace(full, trains="codes"), BATCH, BATCH)["weights"]
+    assert parts["weights"] == weights  # the trained weights are those that are there anyway
+    assert parts["LoRA factors"] == parts["masks"] == 0
+    assert parts["optimizer"] == 2 * 4 * MODEL.quantized
+    accumulated = memory.patch(MODEL, replace(full, accumulates=True), BATCH, BATCH)
+    assert accumulated["gradients"] == 4 * MODEL.quantized
+
+
 def test_zero_stages_divide_what_they_say() -> None:
     factors = 4 * MODEL.factors(8)
     shared = {"world_size": 4, "accumulates": True, "snip": False}

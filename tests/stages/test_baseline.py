@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qresafe.errors import DataError
+from qresafe.errors import DataError, UserError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
 from qresafe.loading import load_spec
 from qresafe.specs import ExperimentSpec
@@ -18,23 +18,33 @@ from qresafe.stages.patch_output import read_tensors
 from qresafe.stages.runtime import InProcessRuntime
 
 
-def experiment(storage: Path, w: Path, method: str, **pool: object) -> Experiment:
+def experiment(
+    storage: Path, w: Path, method: str, updates: str = "lora", **pool: object
+) -> Experiment:
     few = {"harmful": 4, "benign": 2, "borderline": 2, "recombined": 0, "max_new_tokens": 8}
     spec = {
         "storage": str(storage),
         "model": {"path": str(w)},
         "quantize": {"method": "rtn", "bits": 2, "group_size": 32},
         "pairs": few | {"keep": "different"} | pool,
-        "patch": {"method": method, "steps": 3, "batch_size": 4, "lr": 0.02, "rank": 2},
+        "patch": {
+            "method": method,
+            "updates": updates,
+            "steps": 3,
+            "batch_size": 4,
+            "lr": 0.02,
+            "rank": 2,
+        },
     }
     return Experiment(load_spec(ExperimentSpec, spec), InProcessRuntime(threads=1))
 
 
+@pytest.mark.parametrize("updates", ["lora", "full"])
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_a_baseline_is_trained_rounded_and_exported(
-    method: str, tmp_path: Path, tiny_llama: Path
+    method: str, updates: str, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    made = experiment(tmp_path, tiny_llama, method)
+    made = experiment(tmp_path, tiny_llama, method, updates)
     folder = made.patched.path
     assert made.reference is None  # TRL takes its own
     codes, delta = (read_tensors(folder / f"{name}.safetensors") for name in ("codes", "delta"))
@@ -58,9 +68,17 @@ def test_a_baseline_is_trained_rounded_and_exported(
     assert [record["step"] for record in history] == [1, 2, 3]
     assert np.isclose(history[-1]["codes_changed"], changed / total)
     assert made.patched.manifest.counts["codes_changed"] == history[-1]["codes_changed"]
-    assert experiment(tmp_path, tiny_llama, method).patched.reused
+    # The change of a LoRA adapter of rank 2 is a matrix of rank 2; of all weights it is not.
+    ranks = {int(torch.linalg.matrix_rank(tensor, rtol=1e-3)) for tensor in delta.values()}
+    assert max(ranks) == 2 if updates == "lora" else max(ranks) > 2
+    assert experiment(tmp_path, tiny_llama, method, updates).patched.reused
 
 
 def test_dpo_without_a_preference_says_so(tmp_path: Path, tiny_llama: Path) -> None:
     with pytest.raises(DataError, match="no row to train the baseline on"):
         _ = experiment(tmp_path, tiny_llama, "dpo", harmful=0).patched
+
+
+def test_full_updates_are_of_the_baselines() -> None:
+    with pytest.raises(UserError, match="updates: full is of methods dpo and sft"):
+        load_spec(ExperimentSpec, {"patch": {"updates": "full"}})
