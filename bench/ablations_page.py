@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.ablations import Found, kept_at, plan
 from bench.ablations_plots import curve_plot, touched_plot
-from bench.touched import overlaps, touched_shares
+from bench.touched import overlaps, rank_agreement, touched_shares
 from qresafe.stages.statistics import wilson
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -177,6 +177,7 @@ def _touched(rows: Rows, storage: str) -> str:
         "## What a patch touches\n",
         "Share of each projection's codes that the default patch changes, mean over seeds:\n",
         "![share of changed codes by projection and layer](results-touched.svg)\n",
+        *_between_seeds(default.values()),
         "Of the codes that another patch of the same Q0 changes, how many the default patch "
         "changes as well (mean over seeds); by chance it would be the default's share of all "
         "codes.\n",
@@ -188,6 +189,16 @@ def _touched(rows: Rows, storage: str) -> str:
         for label, (share, chance) in _overlaps(files, default).items()
     ]
     return "\n".join(lines)
+
+
+def _between_seeds(files: Iterable[Path]) -> list[str]:
+    if (alike := rank_agreement(files)) is None:
+        return []
+    return [
+        "Between seeds (each with a W of its own) the places that are changed most are the same "
+        f"ones to this degree: Spearman's correlation of these shares, mean over pairs of seeds, "
+        f"is {alike:.2f}.\n"
+    ]
 
 
 def _overlaps(

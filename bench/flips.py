@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -92,7 +93,7 @@ def main() -> None:
     from bench.flips_page import write_page
 
     kept = [place(args.storage, row) for row in wanted]
-    write_page([read(path) for path in kept if path.exists()], args.split)
+    write_page([read(path) for path in kept if path.exists()], args.split, args.storage)
 
 
 def rows(seeds: Sequence[int], split: str) -> Iterator[Row]:
@@ -106,6 +107,11 @@ def place(storage: str, row: Row) -> Path:
     """Return where a row's result is kept."""
     name = f"{row.grid}-{row.method}-seed{row.seed}-{row.split}"
     return Path(storage) / "rows" / f"{name}-{content_key(asdict(row))}.json"
+
+
+def kept_patch(storage: str, row: Row) -> Path:
+    """Return where a row's patch file is kept."""
+    return place(storage, row).with_suffix(".qpatch")
 
 
 def read(path: Path) -> Found:
@@ -143,6 +149,7 @@ def measure(row: Row, storage: str, last_start: float) -> None:
         seconds=experiment.patched.manifest.counts["seconds"],
         curve=curve_of(experiment),
     )
+    shutil.copyfile(experiment.exported.path / "patch.qpatch", kept_patch(storage, row))
     write_text(place(storage, row), json.dumps(asdict(found)))
     took = time.perf_counter() - began
     print(f"{row.grid}, seed {row.seed}, {row.method}: {took:.0f} s", flush=True)

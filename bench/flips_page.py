@@ -11,20 +11,30 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from bench.flips import GRIDS, LOOK_AT, Found
+from bench.ablations_plots import touched_plot
+from bench.flips import GRIDS, LOOK_AT, Found, kept_patch
+from bench.touched import overlaps, rank_agreement, touched_shares
 
 DOCS = Path(__file__).parent.parent / "docs"
 MEASURES = ("attack_success", "over_refusal", "exact_match", "coherence")
 NAMES = {"flips": "code flips", "masked_lora": "LoRA patch"}
 
 
-def write_page(found: Sequence[Found], split: str, docs: Path = DOCS) -> None:
-    """Print the page; the test split's goes to docs/results-flips.md, with its plot."""
-    text = page(found, split)
+def write_page(found: Sequence[Found], split: str, storage: str, docs: Path = DOCS) -> None:
+    """Print the page; the test split's goes to docs/results-flips.md, with its plots."""
+    patches = {
+        (one.row.grid, one.row.seed, one.row.method): path
+        for one in found
+        if (path := kept_patch(storage, one.row)).exists()
+    }
+    text = page(found, split) + touched_part(patches)
     print(text)
     if split == "test" and found:
         (docs / "results-flips.md").write_text(text)
         plot([one for one in found if one.curve], docs / "results-flips.svg")
+        if files := [path for (grid, _, method), path in patches.items()
+                     if (grid, method) == ("INT4", "flips")]:  # fmt: skip
+            touched_plot(touched_shares(files), docs / "results-flips-touched.svg")
 
 
 def page(found: Sequence[Found], split: str) -> str:
@@ -110,6 +120,45 @@ def aims_table(found: Sequence[Found]) -> str:
             held = sum(v <= limit + 1e-9 for v in values)
             lines.append(f"| {grid} | {name} | {limit:g} | {each} | {held} of {len(values)} |")
     return "\n".join(lines)
+
+
+def touched_part(patches: Mapping[tuple[str, int, str], Path]) -> str:
+    """Say where flips lie, and how far they are codes that the LoRA patch changes too.
+
+    Args:
+        patches: (grid, seed, method) -> the patch file.
+    """
+    lines = []
+    for grid in GRIDS:
+        files = {seed: path for (g, seed, method), path in patches.items()
+                 if (g, method) == (grid, "flips")}  # fmt: skip
+        each = [
+            one
+            for seed, path in files.items()
+            if (other := patches.get((grid, seed, "masked_lora")))
+            and (one := overlaps(path, other))
+        ]
+        alike = rank_agreement(files.values())
+        cells = [grid, *(_mean([one[i] for one in each]) for i in (0, 1)),
+                 "–" if alike is None else f"{alike:.2f}"]  # fmt: skip
+        if files:
+            lines.append("| " + " | ".join(cells) + " |")
+    if not lines:
+        return ""
+    told = (
+        "Of the codes that flips change, how many the LoRA patch of the same Q0 changes too (mean "
+        "over seeds; by chance it would be its share of all codes), and how alike the seeds are "
+        "in which projections of which layers they change most (Spearman's correlation, mean over "
+        "pairs of seeds)."
+    )
+    head = "| grid | flips that the LoRA patch changes too, % | by chance % | seeds alike |"
+    table = "\n".join([head, "|---|---|---|---|", *lines])
+    picture = "![share of flipped codes, INT4](results-flips-touched.svg)"
+    return f"\n## What flips touch\n\n{told}\n\n{table}\n\n{picture}\n"
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{100 * sum(shares) / len(shares):.1f}" if shares else "–"
 
 
 def plot(found: Sequence[Found], file: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from qresafe.stages import qpatch
 
@@ -22,6 +24,21 @@ def touched_shares(files: Iterable[Path]) -> dict[tuple[str, int], float]:
             shares = [len(p[name][1]) / p[name][0] if name in p else 0.0 for p in patches]
             each[found[2], int(found[1])] = shares
     return {place: sum(shares) / len(patches) for place, shares in each.items()}
+
+
+def rank_agreement(files: Iterable[Path]) -> float | None:
+    """Return how alike patches rank the places they change: 1 in the same order, 0 by chance.
+
+    Spearman's correlation of the shares by projection and layer, the mean over pairs of patches.
+
+    Returns:
+        None for fewer than two patches.
+    """
+    each = [touched_shares([path]) for path in files]
+    places = sorted({place for shares in each for place in shares})
+    lists = [[shares.get(place, 0.0) for place in places] for shares in each]
+    found = [float(spearmanr(a, b).statistic) for a, b in itertools.combinations(lists, 2)]
+    return sum(found) / len(found) if found else None
 
 
 def overlaps(patch: Path, other: Path) -> tuple[float, float] | None:
