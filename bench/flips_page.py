@@ -22,7 +22,7 @@ NAMES = {"flips": "code flips", "masked_lora": "LoRA patch"}
 
 def write_page(found: Sequence[Found], split: str, storage: str, docs: Path = DOCS) -> None:
     """Print the page; the test split's goes to docs/results-flips.md, with its plots."""
-    patches = {
+    patches: dict[tuple[str, int, str], Path] = {
         (one.row.grid, one.row.seed, one.row.method): path
         for one in found
         if (path := kept_patch(storage, one.row)).exists()

@@ -135,6 +135,7 @@ class MaskSpec(Spec):
 OBJECTIVE_PRESETS: dict[str, dict[str, float]] = {
     "default": {"dpo": 0.0, "nll": 0.0, "kl": 1.0, "anchor": 0.0},
     "paper": {"dpo": 1.0, "nll": 0.0, "kl": 0.0, "anchor": 0.0, "beta": 0.01},
+    "sft": {"dpo": 0.0, "nll": 1.0, "kl": 0.0, "anchor": 1.0},
 }
 
 
@@ -196,8 +197,8 @@ class FlipsSpec(Spec):
     max_flips: AtLeastOne = 800  # codes that may differ from Q0's
     rounds: AtLeastOne = 150  # of flipping, at most
     at_once: AtLeastOne = 50  # codes flipped in the first round, and the most in any
-    at_least: AtLeastOne = 4  # fewer are not tried
-    patience: Count = 4  # gradients in a row that may bring nothing
+    at_least: AtLeastOne = 2  # fewer are not tried
+    patience: Count = 12  # gradients in a row that may bring nothing
     rows: AtLeastOne = 160  # rows that a gradient is taken on, evenly over the kinds
     probe_rows: AtLeastOne = 192  # fixed rows on which the loss must fall
     kinds: KindsSpec = KindsSpec()

@@ -379,7 +379,7 @@ class Experiment:
         ours = patch.method in ("masked_lora", "flips")
         if ours and patch.objective.kl > 0 and self.scorer is None:
             what = "the kl term needs the teacher's token distributions, and this teacher has none"
-            remedy = "set patch.objective={nll: 1, anchor: 1, kl: 0}, or another teacher"
+            remedy = "set patch.objective=sft, or another teacher"
             raise SpecError(what, where="pairs.teacher", remedy=remedy)
         if teacher and teacher.endpoint:
             check_endpoint(teacher_decoding(self.spec, teacher))
