@@ -99,6 +99,7 @@ def generation(case: dict[str, Any], device: str) -> Callable[[], None]:
 def training(case: dict[str, Any], device: str) -> Callable[[], None]:
     """Return what takes LLM-QAT, or its control, through two steps."""
     from qresafe.hf.finetune import finetune
+    from qresafe.hf.recompute import recompute_blocks
     from qresafe.hf.writing import Scheme
     from qresafe.quantizers.llm_qat import FittedRounding
 
@@ -113,9 +114,17 @@ def training(case: dict[str, Any], device: str) -> Callable[[], None]:
             torch.nn.utils.parametrize.register_parametrization(
                 model.get_submodule(name), "weight", FittedRounding(scheme, torch.float32)
             )
+    if case["recompute"]:
+        recompute_blocks(model, random=True)
     chats = [([5] * PROMPT, [7] * case["answer"])] * case["rows"]
     return lambda: finetune(
-        model, chats, parameters=latents, steps=2, batch_size=len(chats), lr=1e-4
+        model,
+        chats,
+        parameters=latents,
+        steps=2,
+        batch_size=len(chats),
+        lr=1e-4,
+        optimizer=case["optimizer"],
     )
 
 

@@ -58,10 +58,10 @@ def generate_case(shape: str, dtype: str = "float32") -> dict[str, Any]:
     return {"stage": "generate", "shape": shape, "dtype": dtype, "rows": 64, "answer": 128}
 
 
-def training_case(rounded: bool) -> dict[str, Any]:
+def training_case(rounded: bool, shape: str = "even", **settings: Any) -> dict[str, Any]:
     """Return a case that takes two steps of LLM-QAT, or of its control."""
-    given = {"stage": "llm_qat", "shape": "even", "rows": 8, "answer": 64, "group_size": 64}
-    return given | {"rounded": rounded}
+    given = {"stage": "llm_qat", "shape": shape, "rows": 8, "answer": 64, "group_size": 64}
+    return given | {"rounded": rounded, "optimizer": "adamw", "recompute": False} | settings
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -93,6 +93,11 @@ CASES: dict[str, dict[str, Any]] = {
     "generate, bfloat16": generate_case("deep", "bfloat16"),
     "llm_qat": training_case(rounded=True),
     "llm_qat, control": training_case(rounded=False),
+    "llm_qat, 8-bit moments": training_case(rounded=True, optimizer="adamw8bit"),
+    "llm_qat, recomputed": training_case(rounded=True, shape="tall", recompute=True),
+    "llm_qat, recomputed, 8-bit moments": training_case(
+        rounded=True, shape="tall", recompute=True, optimizer="adamw8bit"
+    ),
 }
 
 
@@ -106,7 +111,13 @@ def predicted(case: dict[str, Any], device: str) -> Parts:
     if case["stage"] == "llm_qat":
         batch = Batch(case["rows"], columns, case["rows"] * answer)
         return memory.full_training(
-            shape, batch, rounded=case["rounded"], teacher=False, device=kind
+            shape,
+            batch,
+            rounded=case["rounded"],
+            teacher=False,
+            device=kind,
+            moments=memory.MOMENTS[case["optimizer"]],
+            checkpointing=case["recompute"],
         )
     return _patch(case, shape, kind)
 

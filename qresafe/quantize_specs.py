@@ -102,7 +102,9 @@ class SafetySpec(Spec):
 class LlmQatSpec(Spec):
     """Quantization-aware fine-tuning with a straight-through estimator (LLM-QAT)."""
 
-    LATER: ClassVar[frozenset[str]] = frozenset({"keep_latent"})
+    LATER: ClassVar[frozenset[str]] = frozenset(
+        {"keep_latent", "optimizer", "gradient_checkpointing"}
+    )
     method: Literal["llm_qat"] = "llm_qat"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: GroupSize = 64
@@ -119,6 +121,9 @@ class LlmQatSpec(Spec):
     weight_decay: Weight = 0.0
     # Adam's 1e-8 lets a self-distillation control drift on float noise (DESIGN section 8, point 8).
     adam_eps: Positive = 1e-8
+    # adamw8bit: moments of 8 bits (Dettmers et al. 2022), 2 bytes a weight instead of 8
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    gradient_checkpointing: bool = False  # less memory: activations are computed twice
     safety: SafetySpec | None = None  # None: plain LLM-QAT
     keep_latent: bool = False  # keep the latent weights, 4 bytes each, for `patch.start: latent`
     seed: int = 0

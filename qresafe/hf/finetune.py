@@ -16,6 +16,7 @@ from qresafe.progress import Progress, Silent
 
 Chat = tuple[list[int], list[int]]  # prompt ids, answer ids (with the end token)
 Loss = Literal["cross_entropy", "self_distill"]
+Optimizer = Literal["adamw", "adamw8bit"]
 BatchLoss = Callable[[list[Chat]], Tensor]
 ExtraLoss = Callable[[Any], Tensor]  # of the model as it is at a step
 
@@ -34,6 +35,7 @@ def finetune(
     teacher: Any | None = None,
     extra: ExtraLoss | None = None,
     warmup_steps: int = 5,
+    optimizer: Optimizer = "adamw",
     weight_decay: float = 0.0,
     adam_betas: tuple[float, float] = (0.9, 0.98),
     adam_eps: float = 1e-8,
@@ -59,6 +61,7 @@ def finetune(
         teacher: The model to distil from; needed by "self_distill" only.
         extra: Called once a step; what it returns is added to the loss.
         warmup_steps: Steps of the linear rise.
+        optimizer: "adamw", or "adamw8bit" whose moments are of 8 bits: bitsandbytes'.
         weight_decay: AdamW's decoupled decay.
         adam_betas: AdamW's momentum factors.
         adam_eps: AdamW's epsilon; 1e-8 lets self-distillation drift on float noise.
@@ -76,11 +79,11 @@ def finetune(
     _check(chats)
     trained = list(parameters)
     batch_loss = _batch_loss(model, loss, teacher)
-    optimizer = torch.optim.AdamW(
+    descent = _adamw(optimizer)(
         trained, lr=lr, betas=adam_betas, eps=adam_eps, weight_decay=weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, steps, warmup_steps)
+        descent, lambda step: warmup_cosine(step, steps, warmup_steps)
     )
     shown = progress or Silent()
     batches = epoch_batches([len(p) + len(a) for p, a in chats], batch_size, seed)
@@ -91,10 +94,10 @@ def finetune(
         value = batch_loss([chats[index] for index in next(batches)])
         if extra is not None:
             value = value + extra(model)
-        optimizer.zero_grad(set_to_none=True)
+        descent.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
-        optimizer.step()
+        descent.step()
         schedule.step()
         history.append(value.item())
         if not math.isfinite(history[-1]):
@@ -103,6 +106,14 @@ def finetune(
         shown.advance(note=f"loss {history[-1]:.3f}")
     model.train(was_training)
     return history
+
+
+def _adamw(name: Optimizer) -> Any:
+    if name == "adamw":
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit
 
 
 def total_steps(steps: int, epochs: float | None, chats: int, batch_size: int) -> int:

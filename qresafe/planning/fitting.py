@@ -9,6 +9,7 @@ from qresafe.planning.answering import gpus_of
 from qresafe.planning.hardware import GIB, Cluster, Hardware, gpu_cluster, hardware
 from qresafe.planning.plan import Plan, StagePlan, make_plan
 from qresafe.planning.shapes import ModelShape
+from qresafe.quantize_specs import LlmQatSpec
 from qresafe.specs import ExperimentSpec
 from qresafe.variants import with_changes
 
@@ -92,6 +93,8 @@ def _settings(
     yield from _halved("pairs.batch_size", spec.pairs.batch_size)
     yield from spreads
     yield from _halved("patch.micro_batch_size", spec.patch.micro_batch_size)
+    if isinstance(spec.quantize, LlmQatSpec) and not spec.quantize.gradient_checkpointing:
+        yield "quantize.gradient_checkpointing", True
     if not spec.patch.gradient_checkpointing:
         yield "patch.gradient_checkpointing", True
     yield from (("patch.zero_stage", stage) for stage in (2, 3) if stage > spec.patch.zero_stage)
@@ -99,6 +102,8 @@ def _settings(
         yield "patch.offload", "optimizer"
     if spec.patch.offload != "parameters":
         yield "patch.offload", "parameters"
+    if isinstance(spec.quantize, LlmQatSpec) and spec.quantize.optimizer == "adamw":
+        yield "quantize.optimizer", "adamw8bit"
     yield "control", False
     yield from _halved("patch.rank", spec.patch.rank)
 

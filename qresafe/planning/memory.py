@@ -29,6 +29,8 @@ KEPT_SCORES = 1 << 26  # core/snip.py: below it the sums stay on the device
 SLACK = 1.25  # blocks by which accelerate lets a device hold more than its share
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's, in elements, allocated whole
 PARAMETER_BUCKET = 50_000_000  # ZeRO-3's prefetch
+# Bytes per trained weight of both of AdamW's moments; bitsandbytes' have a float32 scale per 256.
+MOMENTS = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}
 
 
 @dataclass(frozen=True)
@@ -352,16 +354,34 @@ def _forward(shape: ModelShape, tokens: int) -> float:
 
 
 def full_training(
-    shape: ModelShape, batch: Batch, *, rounded: bool, teacher: bool, device: Literal["cpu", "gpu"]
+    shape: ModelShape,
+    batch: Batch,
+    *,
+    rounded: bool,
+    teacher: bool,
+    device: Literal["cpu", "gpu"],
+    moments: float = 8.0,
+    checkpointing: bool = False,
 ) -> Parts:
-    """Return the parts of LLM-QAT, or its control: float32 weights, all linear layers trained."""
+    """Return the parts of LLM-QAT, or its control: float32 weights, all linear layers trained.
+
+    `moments` are the bytes of the optimizer's state per weight: `MOMENTS` of its name.
+    """
     wide = _in_float32(shape)
     trained = 4.0 * wide.quantized
     how = Patching(
-        rank=1, on="weight" if rounded else "factors", through_grid=rounded, device=device
+        rank=1,
+        on="weight" if rounded else "factors",
+        through_grid=rounded,
+        device=device,
+        checkpointing=checkpointing,
+        trains="weights",
     )
     graph = _graph(wide, how, batch)
-    held = {WEIGHTS: 4.0 * wide.parameters * (2 if teacher else 1), OPTIMIZER: 2 * trained}
+    weights = 4.0 * wide.parameters * (2 if teacher else 1)
+    held = {WEIGHTS: weights, OPTIMIZER: moments / 4 * trained}
+    if checkpointing:  # the first block's gradient comes when all others are there
+        return _peak([held | graph | {GRADIENTS: trained}])
     forward = held | graph | {FORMED: trained if rounded else 0.0}
     return _peak([forward, held | {GRADIENTS: trained}])
 

@@ -220,9 +220,16 @@ class _Planner:
                 steps = max(1, round(method.epochs * math.ceil(chats / method.batch_size)))
             distils = method.loss == "self_distill"
             parts = memory.full_training(
-                shape, batch, rounded=True, teacher=distils, device=self.cluster.device
+                shape,
+                batch,
+                rounded=True,
+                teacher=distils,
+                device=self.cluster.device,
+                moments=memory.MOMENTS[method.optimizer],
+                checkpointing=method.gradient_checkpointing,
             )
-            return parts, float(steps * batch.tokens)
+            again = 8 / 6 if method.gradient_checkpointing else 1.0
+            return parts, again * steps * batch.tokens
         if method.method in {"gptq", "awq"}:
             tokens = float(method.sequences * method.max_length)
             activations = shape.bytes * tokens * shape.hidden

@@ -21,6 +21,7 @@ from qresafe.embedded.calibration import safety_prompts
 from qresafe.errors import ModelError
 from qresafe.hf.finetune import Chat, finetune, total_steps
 from qresafe.hf.models import load_model
+from qresafe.hf.recompute import recompute_blocks
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.hf.writing import Scheme, write_latents, write_plain, write_quantized
 from qresafe.progress import Progress, Silent
@@ -53,9 +54,11 @@ def quantize(
     With `spec.keep_latent` also `target/latent`: layer -> the float32 weight that rounds to its
     codes.
 
-    Trains in float32 with AdamW: 16 bytes per weight of memory, plus the teacher for
-    self-distillation. Only the quantized layers are trained, in both arms. With `spec.safety` the
-    control comes without the safety terms, and is trained in any case: they need its answers.
+    Trains in float32 with AdamW: 16 bytes per weight of memory (10 with `optimizer: adamw8bit`),
+    4 more for rounded weights unless `gradient_checkpointing` forms them block by block, plus the
+    teacher for self-distillation. Only the quantized layers are trained, in both arms. With
+    `spec.safety` the control comes without the safety terms, and is trained in any case: they need
+    its answers.
 
     Raises:
         ModelError: A layer does not fit the group size or the key/value rounding.
@@ -136,6 +139,8 @@ def _train(
     latents = {name: layer.weight.requires_grad_() for name, layer in layers.items()}
     if scheme is not None:
         _add_rounding(layers, scheme, TensorFiles(source))
+    if spec.gradient_checkpointing:
+        recompute_blocks(model, random=True)
     with torch.random.fork_rng():
         torch.manual_seed(spec.seed)  # for models with dropout
         losses = finetune(
@@ -148,6 +153,7 @@ def _train(
             loss=spec.loss,
             teacher=teacher,
             extra=terms.loss if terms else None,
+            optimizer=spec.optimizer,
             weight_decay=spec.weight_decay,
             adam_eps=spec.adam_eps,
             seed=spec.seed,

@@ -120,11 +120,11 @@ def _sizes(checkpoint: Path, counts: Mapping[str, Any]) -> dict[str, float]:
 def _key_spec(spec: QuantizeSpec) -> dict[str, Any]:
     """Return what of a spec decides the bits.
 
-    What nobody asked for does not, nor does where a finished checkpoint lies: its content is an
-    input.
+    What nobody asked for does not, nor does whether activations are computed twice, nor where a
+    finished checkpoint lies: its content is an input.
     """
     elsewhere = {"path", "revision"} if isinstance(spec, CheckpointSpec) else set()
-    return _without_unasked(spec.key_data(exclude=elsewhere))
+    return _without_unasked(spec.key_data(exclude=elsewhere | {"gradient_checkpointing"}))
 
 
 def _without_unasked(data: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,20 @@ def test_a_full_baseline_holds_a_gradient_and_two_moments_of_each_weight() -> No
     assert accumulated["gradients"] == 4 * MODEL.quantized
 
 
+def test_llm_qat_with_8_bit_moments_and_recomputed_blocks() -> None:
+    """10 bytes a trained weight instead of 16, and rounded weights of one block at a time."""
+    given = {"rounded": True, "teacher": False, "device": "gpu"}
+    plain = memory.full_training(MODEL, BATCH, **given)
+    assert plain["optimizer"] == 8 * MODEL.quantized
+    assert plain["rounded weights"] == 4 * MODEL.quantized
+    moments = memory.MOMENTS["adamw8bit"]
+    small = memory.full_training(MODEL, BATCH, moments=moments, checkpointing=True, **given)
+    assert small["optimizer"] == 2 * (1 + 4 / 256) * MODEL.quantized
+    assert small["gradients"] == 4 * MODEL.quantized
+    assert small["rounded weights"] <= 4 * MODEL.quantized / MODEL.blocks
+    assert small["activations"] < plain["activations"]
+
+
 def test_zero_stages_divide_what_they_say() -> None:
     factors = 4 * MODEL.factors(8)
     shared = {"world_size": 4, "accumulates": True, "snip": False}
