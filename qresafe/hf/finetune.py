@@ -111,7 +111,7 @@ def finetune(
 def _adamw(name: Optimizer) -> Any:
     if name == "adamw":
         return torch.optim.AdamW
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit
 
