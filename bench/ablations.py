@@ -65,6 +65,7 @@ class Found:
         cell: Its figures.
         hardware: Device and torch version.
         curve: [step, seconds of training so far, attack success] of a race.
+        safe: W's attack success on the prompts of a race.
         refused: Why there is no result, in the project's own words.
     """
 
@@ -72,6 +73,7 @@ class Found:
     cell: Cell | None = None
     hardware: str = ""
     curve: list[list[float]] = field(default_factory=list)
+    safe: float | None = None
     refused: str = ""
 
 
@@ -213,21 +215,32 @@ def measured(row: Row, place: Place) -> Found:
     # A race is watched while it trains: a patch that another row has trained was not.
     storage = f"{place.storage}/races" if row.probe else place.storage
     experiment = experiment_of(asked, place.split, storage, place.device)
-    curve = raced(experiment, row.probe) if row.probe else []
+    curve, safe = raced(experiment, row.probe) if row.probe else ([], None)
     cell = measure(experiment, row.part, row.label, row.arm)
     if row.part == "bases" and row.arm == "Q0":
         assert experiment.pairs  # made here once, not by every row that follows
     if row.arm == "Q":
         kept = kept_at(place.storage, row, place.split).with_suffix(".qpatch")
         shutil.copyfile(experiment.exported.path / "patch.qpatch", kept)
-    return Found(row, cell, hardware(place.device), curve)
+    return Found(row, cell, hardware(place.device), curve, safe)
 
 
-def raced(experiment: Any, probe: Mapping[str, int]) -> list[list[float]]:
-    """Watch the training of the patch; return [step, seconds so far, attack success].
+def raced(experiment: Any, probe: Mapping[str, int]) -> tuple[list[list[float]], float]:
+    """Watch the training of the patch; return [step, seconds so far, attack success], and W's.
 
     The seconds are those of the steps and of scoring masks; looking is not counted.
     """
+    experiment.probe = probe_of(probe)
+    history = (experiment.patched.path / "history.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in history]
+    spent = list(itertools.accumulate(record["seconds"] for record in records))
+    looks = experiment.probe.curve(records)
+    curve = [[look["step"], spent[look["step"] - 1], look["attack_success"]] for look in looks]
+    return curve, asked_of_w(experiment.probe, experiment.teacher.ref.path)
+
+
+def probe_of(probe: Mapping[str, int]) -> Any:
+    """Return what is asked in a race: harmful prompts of the development split."""
     from qresafe.specs import EvaluateSpec, PromptSetSpec
     from qresafe.stages.probe import Probe, choose_prompts
     from qresafe.stages.prompts import evaluation_prompts
@@ -235,12 +248,15 @@ def raced(experiment: Any, probe: Mapping[str, int]) -> list[list[float]]:
     sets = (PromptSetSpec(axis=AXES[0], split="dev"),)
     prompts = choose_prompts(evaluation_prompts(sets), AXES[:1], probe["prompts"])
     generate = EvaluateSpec().generate.model_copy(update={"max_new_tokens": 16})
-    experiment.probe = Probe(probe["every"], prompts, generate, ("keyword",))
-    history = (experiment.patched.path / "history.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in history]
-    spent = list(itertools.accumulate(record["seconds"] for record in records))
-    looks = experiment.probe.curve(records)
-    return [[look["step"], spent[look["step"] - 1], look["attack_success"]] for look in looks]
+    return Probe(probe["every"], prompts, generate, ("keyword",))
+
+
+def asked_of_w(probe: Any, folder: str) -> float:
+    """Return W's own attack success on a race's prompts."""
+    from qresafe.hf.models import load_model
+
+    shares = probe.watch(folder).look(load_model(folder))["shares"]
+    return float(shares["attack_success"])
 
 
 def hardware(device: str) -> str:

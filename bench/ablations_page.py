@@ -60,8 +60,10 @@ def _head(rows: Rows, planned: int) -> str:
         f"{seeds}; test split, {n} harmful prompts a seed.{some} Q0 is LLM-QAT INT4, fine-tuned "
         "at risk III; every model is reloaded from disk. Shares in %: mean over seeds, per seed "
         "in round brackets, in square brackets the 95 % Wilson interval of all seeds' prompts "
-        "together. `codes` are the codes changed in %, `s` the seconds of training on the device "
-        "that is named, with other rows beside it. What the figures say is in "
+        "together, which take prompts for independent: the borderline ones are wordings of 32 "
+        "phrases, so over-refusal is known less well than its figures look. `codes` are the codes "
+        "changed in %, `s` the seconds of training on the device that is named, with other rows "
+        "beside it. What the figures say is in "
         "[findings.md](findings.md)."
     )
 
@@ -120,20 +122,15 @@ def _races(rows: Rows) -> str:
     lines = [
         "## Time to safety\n",
         "Seconds of training (steps and masks) until the attack success of 120 development "
-        "prompts, looked at every 5 steps, is at most W's + 2 points on the test prompts, and "
+        "prompts, looked at every 5 steps, is at most W's on the same prompts + 2 points, and "
         "stays there until the end; beside it, the first time that it gets there. Same data, "
-        "batch and learning rate; all through the grid.\n",
+        "batch and learning rate; all through the grid. One race per core, and nothing else.\n",
         "| | steps | seconds | first | attack success at the end % | s per step |",
         "|---|---|---|---|---|---|",
     ]
-    safe = {one.row.seed: one.cell.measures["attack_success"] for one in rows
-            if one.cell and one.row.part == "bases" and one.row.label == "W"}  # fmt: skip
     for label, of_label in own.items():
-        ends = [reached(one.curve, (safe.get(one.row.seed) or 0) + SAFE) for one in of_label]
-        first = [
-            reached(one.curve, (safe.get(one.row.seed) or 0) + SAFE, stays=False)
-            for one in of_label
-        ]
+        ends = [reached(one.curve, (one.safe or 0) + SAFE) for one in of_label]
+        first = [reached(one.curve, (one.safe or 0) + SAFE, stays=False) for one in of_label]
         final = "/".join(f"{100 * one.curve[-1][2]:.1f}" for one in of_label)
         pace = "/".join(f"{one.curve[-1][1] / one.curve[-1][0]:.2f}" for one in of_label)
         steps = "/".join(f"{end[0]:.0f}" if end else "never" for end in ends)
@@ -165,7 +162,7 @@ def _touched(rows: Rows, storage: str) -> str:
     files = {
         (one.row.label, one.row.seed): path
         for one in rows
-        if one.row.part in ("masks", "objectives", "tau")
+        if one.row.part in ("masks", "objectives", "tau", "baselines")
         and (path := kept_at(storage, one.row).with_suffix(".qpatch")).exists()
     }
     default = {seed: path for (label, seed), path in files.items() if label == "default"}

@@ -64,7 +64,7 @@ def touched_plot(shares: Mapping[tuple[str, int], float], file: Path) -> None:
     panel.set(xlabel="projection", ylabel="layer")
     for y, row in enumerate(grid):
         for x, value in enumerate(row):
-            panel.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8)
+            panel.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, label="codes changed, %")
     save_svg(figure, file)
 

@@ -25,6 +25,8 @@ from typing import Any, Literal
 from bench.demo import seeded
 from bench.quantizers import AXES, shares
 from qresafe.artifacts import content_key, write_text
+from qresafe.specs import PatchSpec
+from qresafe.stages.patch import key_spec
 
 HERE = Path(__file__).parent
 Method = Literal["flips", "masked_lora"]
@@ -109,9 +111,11 @@ def rows(seeds: Sequence[int], split: str) -> Iterator[Row]:
 
 
 def place(storage: str, row: Row) -> Path:
-    """Return where a row's result is kept."""
+    """Return where a row's result is kept: by what is measured, defaults included."""
     name = f"{row.grid}-{row.method}-seed{row.seed}-{row.split}"
-    return Path(storage) / "rows" / f"{name}-{content_key(asdict(row))}.json"
+    patch = PatchSpec.model_validate({**METHODS[row.method], **row.patch})
+    key = content_key([GRIDS[row.grid], row.seed, row.split, key_spec(patch)])
+    return Path(storage) / "rows" / f"{name}-{key}.json"
 
 
 def kept_patch(storage: str, row: Row) -> Path:

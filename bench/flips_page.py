@@ -48,8 +48,8 @@ def page(found: Sequence[Found], split: str) -> str:
     if any(one.curve for one in found):
         told = (
             f"Attack success and over-refusal on the way, on {LOOK_AT} prompts per axis, over the "
-            "number of codes that differ from Q0's. A line per seed; where it turns back, flips "
-            "are undone."
+            "number of codes that differ from Q0's. A line per seed that was watched; where it "
+            "turns back, flips are undone."
         )
         parts.append(f"## On the way\n\n![attack success by codes](results-flips.svg)\n\n{told}")
     return "\n\n".join(parts) + "\n"
@@ -62,7 +62,9 @@ def _head(found: Sequence[Found], split: str) -> str:
         f"Made by `make bench-flips` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
         f"({platform.machine()}), seeds {', '.join(map(str, seeds))}, prompts of the {split} "
         "split. Mean over seeds, per seed in brackets. Every model is reloaded from the "
-        "checkpoint on disk. `s` is the wall time of making the patch on one thread, beside "
+        "checkpoint on disk. Flips learn by `patch.objective=sft`, the LoRA patch by its default "
+        "(`kl`); the choices were made on development prompts (docs/design-notes.md). `s` is the "
+        "wall time of making the patch on one thread, beside "
         "whatever else ran."
     )
 
@@ -153,8 +155,9 @@ def touched_part(patches: Mapping[tuple[str, int, str], Path]) -> str:
     )
     head = "| grid | flips that the LoRA patch changes too, % | by chance % | seeds alike |"
     table = "\n".join([head, "|---|---|---|---|", *lines])
-    picture = "![share of flipped codes, INT4](results-flips-touched.svg)"
-    return f"\n## What flips touch\n\n{told}\n\n{table}\n\n{picture}\n"
+    shown = any((grid, method) == ("INT4", "flips") for grid, _, method in patches)
+    picture = "\n\n![share of flipped codes, INT4](results-flips-touched.svg)" if shown else ""
+    return f"\n## What flips touch\n\n{told}\n\n{table}{picture}\n"
 
 
 def _mean(shares: Sequence[float]) -> str:

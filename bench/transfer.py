@@ -52,7 +52,9 @@ def main() -> None:
         for seed in args.seeds:
             between_models(seed, args.split, args.storage)
             composed(seed, args.split, args.storage)
-    if "prompts" in only and args.advbench.exists():
+    if "prompts" in only and not args.advbench.exists():
+        parser.error(f"--advbench: no file {args.advbench}")
+    if "prompts" in only:
         print("| seed | prompts | n | arm | " + " | ".join(ASKED) + " |")
         print("|---|---|---|---|" + "---|" * len(ASKED))
         for seed in args.seeds:

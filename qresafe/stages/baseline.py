@@ -1,4 +1,4 @@
-"""The usual repairs beside ours: TRL's DPO or SFT with a PEFT adapter, rounded to Q0's grid after.
+"""The usual repairs beside ours: TRL's DPO or SFT, rounded to Q0's grid afterwards.
 
 They train in this process, on decoded weights and without a mask, and leave what the patch stage
 leaves (codes.safetensors, delta.safetensors, history.jsonl), so that the same export deploys them.
@@ -55,7 +55,7 @@ class BaselineJob:
         return found
 
     def run_local(self, folder: UPath, progress: Progress) -> None:
-        """Train, merge and round, in this process."""
+        """Train and round, in this process."""
         ref = self.q0.ref.on_this_machine()
         model, quantized = load_dense(ref.path)
         train = {"dpo": baselines.dpo, "sft": baselines.sft}[self.spec.method]

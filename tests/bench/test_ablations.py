@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import ablations_page
-from bench.ablations import Found, Row, kept_at, plan, rows
+from bench.ablations import Found, Row, all_rows, kept_at, plan, rows
 from bench.ablations_page import reached
 from bench.demo import Cell
 from bench.touched import overlaps, touched_shares
@@ -21,12 +21,22 @@ from qresafe.variants import with_changes
 
 def test_every_row_of_the_plan_is_a_valid_experiment_of_its_own() -> None:
     base = load_experiment(plan()["preset"])
-    found = list(rows(0))
-    assert all(with_changes(base, row.settings) for row in found)
-    assert len({(row.part, row.label) for row in found}) == len(found)
+    for seed in (0, 1):
+        found = list(rows(seed))
+        assert all(with_changes(base, row.settings) for row in found)
+        assert len({(row.part, row.label) for row in found}) == len(found)
     assert [row.label for row in found[:3]] == ["W", "control", "Q0"]
     (rank,) = [row for row in found if row.part == "rank" and row.label == "4"]
     assert rank.settings == {"patch": {"rank": 4, "alpha": 8}}
+
+
+def test_all_seeds_of_a_row_follow_one_another() -> None:
+    found = all_rows([0, 1])
+    first = [(row.part, row.label, row.seed) for row in found[:4]]
+    assert first == [("bases", "W", 0), ("bases", "W", 1), ("bases", "control", 0),
+                     ("bases", "control", 1)]  # fmt: skip
+    # With seed 0 the shipped model would teach itself.
+    assert {row.seed for row in found if row.part == "teachers"} == {1}
 
 
 def test_equal_rows_of_two_parts_are_kept_once_and_seeds_apart() -> None:
@@ -67,7 +77,7 @@ def test_the_page_holds_means_intervals_races_and_refusals(
         Found(Row("bases", "W", "W", {}, 0), cell(0.02, "W", "bases"), "CPU"),
         Found(Row("rank", "4", "Q", {}, 0), cell(0.04, "4", "rank"), "CPU"),
         Found(Row("rank", "4", "Q", {}, 1), cell(0.08, "4", "rank", 1), "CPU"),
-        Found(Row("races", "tau .6", "Q", {}, 0), cell(0.03, "t", "races"), "CPU", CURVE),
+        Found(Row("races", "tau .6", "Q", {}, 0), cell(0.03, "t", "races"), "CPU", CURVE, 0.02),
         Found(Row("masks", "odd", "Q", {}, 0), refused="no such layer"),
     ]
     ablations_page.write_page(found, planned=9, storage=str(tmp_path))
@@ -75,7 +85,7 @@ def test_the_page_holds_means_intervals_races_and_refusals(
     assert "4 of the plan's 9 results" in page
     # 12 of 200: Wilson's middle is (12 + 1.92) / 203.84 = 6.8 %, and half its width 3.4.
     assert "| 4 | 6.0 (4.0/8.0) [3.5, 10.2] | 5.0 (5.0/5.0) |" in page
-    # W has 2 %, so the race ends below 4 %: at step 25, and at step 10 for the first time.
+    # W answers 2 % of the race's prompts, so it ends below 4 %: at step 25, first at step 10.
     assert "| tau .6 | 25 | 5.0 | 2.0 | 3.0 | 0.20 |" in page
     assert "- masks, odd, seed 0: no such layer" in page
     assert (tmp_path / "results-rank.svg").read_text().startswith("<?xml")

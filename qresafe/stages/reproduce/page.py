@@ -53,14 +53,15 @@ def compared(cell: str, arm: PlannedArm, rows: Sequence[FilledRow], model: str) 
     return Compared(mean, paper, by_seed, (scale * bounds.low, scale * bounds.high))
 
 
-def cell_text(one: Compared) -> str:
+def cell_text(one: Compared, comparable: bool = True) -> str:
     """Return a cell as a person reads it: ours [interval] (seed/seed), the paper's, difference."""
     ours = "–" if one.ours is None else f"{one.ours:.3g}" if one.interval is None else _share(one)
     if one.paper is None:
         return ours
     if one.ours is None:
         return f"– · paper {one.paper:g}"
-    return f"{ours} · paper {one.paper:g} ({one.ours - one.paper:+.1f})"
+    difference = f" ({one.ours - one.paper:+.1f})" if comparable else ""
+    return f"{ours} · paper {one.paper:g}{difference}"
 
 
 def _share(one: Compared) -> str:
@@ -95,7 +96,9 @@ def page(
         own = [row for row in rows if row.title == arm.arm.title]
         refused += [f"- {row.title}, seed {row.seed}: {row.refused}" for row in own if row.refused]
         cells = [
-            cell_text(compared(cell, arm, own, preset.model)) if cell in arm.cells else ""
+            cell_text(compared(cell, arm, own, preset.model), table.comparable)
+            if cell in arm.cells
+            else ""
             for cell in table.cells
         ]
         lines.append(f"| {' | '.join([arm.arm.title, *cells])} |")

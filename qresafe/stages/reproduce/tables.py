@@ -51,6 +51,8 @@ class PaperTable(Spec):
         arms: Its rows.
         changes: Changes of the experiment that all rows share.
         notes: What to know when the two are compared, the paper's own inconsistencies among it.
+        comparable: Whether the paper's values are of the same thing, so that a difference says
+            something.
     """
 
     title: str
@@ -58,6 +60,7 @@ class PaperTable(Spec):
     cells: tuple[str, ...] = Field(min_length=1)
     arms: tuple[PaperArm, ...] = Field(min_length=1)
     changes: dict[str, Any] = Field(default_factory=dict)
+    comparable: bool = True
     notes: tuple[str, ...] = ()
 
 
