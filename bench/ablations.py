@@ -100,7 +100,8 @@ def main() -> None:
         from bench.ablations_page import write_page
 
         kept = [(row, kept_at(args.storage, row, args.split)) for row in wanted]
-        write_page([read(path, row) for row, path in kept if path.exists()], len(wanted))
+        found = [read(path, row) for row, path in kept if path.exists()]
+        write_page(found, len(wanted), args.storage)
 
 
 def plan() -> dict[str, Any]:

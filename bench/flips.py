@@ -45,6 +45,7 @@ METHODS: Mapping[Method, Mapping[str, Any]] = {
     "flips": {"method": "flips", "objective": "sft"},
     "masked_lora": {},
 }
+SEEDS = (0, 1, 2, 3, 4)
 LOOK_EVERY, LOOK_AT = 15, 60  # rounds between two looks, and prompts per axis, for the plot
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--grid", choices=list(GRIDS), nargs="+", default=list(GRIDS))
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seed", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--method", choices=list(METHODS), nargs="+")
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--storage", default=".bench/flips")

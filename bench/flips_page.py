@@ -12,7 +12,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from bench.ablations_plots import touched_plot
-from bench.flips import GRIDS, LOOK_AT, Found, kept_patch
+from bench.flips import GRIDS, LOOK_AT, SEEDS, Found, kept_patch
+from bench.flips import rows as planned_rows
 from bench.touched import overlaps, rank_agreement, touched_shares
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -57,14 +58,15 @@ def page(found: Sequence[Found], split: str) -> str:
 
 def _head(found: Sequence[Found], split: str) -> str:
     seeds = sorted({one.row.seed for one in found})
+    planned = len(list(planned_rows(SEEDS, split)))
     return (
         "# Code flips against the LoRA patch\n\n"
         f"Made by `make bench-flips` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
         f"({platform.machine()}), seeds {', '.join(map(str, seeds))}, prompts of the {split} "
-        "split. Mean over seeds, per seed in brackets. Every model is reloaded from the "
-        "checkpoint on disk. Flips learn by `patch.objective=sft`, the LoRA patch by its default "
-        "(`kl`); the choices were made on development prompts (docs/design-notes.md). `s` is the "
-        "wall time of making the patch on one thread, beside "
+        f"split; {len(found)} of {planned} rows. Mean over seeds, per seed in brackets. Every "
+        "model is reloaded from the checkpoint on disk. Flips learn by `patch.objective=sft`, the "
+        "LoRA patch by its default (`kl`); the choices were made on development prompts "
+        "(docs/design-notes.md). `s` is the wall time of making the patch on one thread, beside "
         "whatever else ran."
     )
 
