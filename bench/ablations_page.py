@@ -124,13 +124,14 @@ def _races(rows: Rows) -> str:
         "Seconds of training (steps and masks) until the attack success of 120 development "
         "prompts, looked at every 5 steps, is at most W's on the same prompts + 2 points, and "
         "stays there until the end; beside it, the first time that it gets there. Same data, "
-        "batch and learning rate; all through the grid. One race per core, and nothing else.\n",
+        "batch and learning rate; all through the grid.\n",
         "| | steps | seconds | first | attack success at the end % | s per step |",
         "|---|---|---|---|---|---|",
     ]
     for label, of_label in own.items():
-        ends = [reached(one.curve, (one.safe or 0) + SAFE) for one in of_label]
-        first = [reached(one.curve, (one.safe or 0) + SAFE, stays=False) for one in of_label]
+        bounds = [(one.curve, one.safe + SAFE) for one in of_label if one.safe is not None]
+        ends = [reached(curve, bound) for curve, bound in bounds]
+        first = [reached(curve, bound, stays=False) for curve, bound in bounds]
         final = "/".join(f"{100 * one.curve[-1][2]:.1f}" for one in of_label)
         pace = "/".join(f"{one.curve[-1][1] / one.curve[-1][0]:.2f}" for one in of_label)
         steps = "/".join(f"{end[0]:.0f}" if end else "never" for end in ends)

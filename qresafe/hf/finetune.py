@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -82,9 +83,8 @@ def finetune(
     descent = _adamw(optimizer)(
         trained, lr=lr, betas=adam_betas, eps=adam_eps, weight_decay=weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        descent, lambda step: warmup_cosine(step, steps, warmup_steps)
-    )
+    rate = partial(warmup_cosine, steps=steps, warmup_steps=warmup_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(descent, rate)
     shown = progress or Silent()
     batches = epoch_batches([len(p) + len(a) for p, a in chats], batch_size, seed)
     was_training = model.training
@@ -100,12 +100,16 @@ def finetune(
         descent.step()
         schedule.step()
         history.append(value.item())
-        if not math.isfinite(history[-1]):
-            what = f"the fine-tuning's loss is {history[-1]} at step {len(history)}"
-            raise DivergedError(what, remedy="lower its learning rate (lr)")
+        _require_finite(history)
         shown.advance(note=f"loss {history[-1]:.3f}")
     model.train(was_training)
     return history
+
+
+def _require_finite(history: Sequence[float]) -> None:
+    if not math.isfinite(history[-1]):
+        what = f"the fine-tuning's loss is {history[-1]} at step {len(history)}"
+        raise DivergedError(what, remedy="lower its learning rate (lr)")
 
 
 def _adamw(name: Optimizer) -> Any:

@@ -360,7 +360,7 @@ def full_training(
     rounded: bool,
     teacher: bool,
     device: Literal["cpu", "gpu"],
-    moments: float = 8.0,
+    moments: float = MOMENTS["adamw"],
     checkpointing: bool = False,
 ) -> Parts:
     """Return the parts of LLM-QAT, or its control: float32 weights, all linear layers trained.
