@@ -21,6 +21,7 @@ from torch import Tensor
 # measured to bring nothing, and from nothing, unless every pair of two codebooks is tried.
 MOVE_BEAM, MOVE_SWEEPS = 4, 1
 ENCODE_BEAM, ENCODE_SWEEPS = 16, 2
+HASH = 0x5851F42D4C957F2D  # a multiplier that spreads codes over 64 bits
 CHUNK = 1 << 24  # scores (group, hypothesis, code) that are held at a time
 
 
@@ -177,44 +178,46 @@ def search(targets: Tensor, start: Tensor, codebooks: Tensor, beam: int, sweeps:
 def _search(
     targets: Tensor, start: Tensor, codebooks: Tensor, beam: int, steps: list[int]
 ) -> Tensor:
-    beams = start[:, None]
+    n, (books, vectors, group) = len(targets), codebooks.shape
+    ones = codebooks.new_ones(books, vectors, 1)
+    tables = torch.cat([-2 * codebooks, ones], 2).mT  # (M, group + 1, K)
     lengths = codebooks.square().sum(2)
+    beams, sums = start[:, None], decode_groups(codebooks, start)[:, None]
     for step, m in enumerate(steps):
-        others = (
-            decode_groups(codebooks, beams.flatten(0, 1)) - codebooks[m][beams[..., m].view(-1)]
-        )
-        left = targets[:, None] - others.view(*beams.shape[:2], -1)
-        # |left - vector|^2, hypotheses by vectors; those that differ in m alone are the same
-        scores = torch.baddbmm(
-            left.square().sum(2, keepdim=True) + lengths[m],
-            left,
-            codebooks[m].T.expand(len(left), -1, -1),
-            alpha=-2,
-        )
-        scores.masked_fill_(_repeated(beams, m)[..., None], torch.inf)
-        wanted = 1 if step == len(steps) - 1 else min(beam, scores[0].numel())
-        best = scores.flatten(1).topk(wanted, largest=False).indices
-        parents = best // codebooks.shape[1]
-        beams = beams.gather(1, parents[..., None].expand(-1, -1, len(codebooks))).clone()
-        beams[..., m] = best % codebooks.shape[1]
+        others = sums - codebooks[m][beams[..., m]]
+        left = targets[:, None] - others
+        # Hypotheses that differ in m alone are the same one now: all but one of them are dropped.
+        far = left.square().sum(2, keepdim=True).masked_fill_(repeated(beams, m), torch.inf)
+        # |left - vector|^2, hypotheses by vectors, as one product
+        scores = torch.addmm(lengths[m], torch.cat([left, far], 2).flatten(0, 1), tables[m])
+        scores = scores.view(n, -1)
+        wanted = 1 if step == len(steps) - 1 else min(beam, scores.shape[1])
+        best = scores.topk(wanted, largest=False).indices
+        parents, codes = (best // vectors)[..., None], best % vectors
+        beams = beams.gather(1, parents.expand(-1, -1, books))
+        beams[..., m] = codes
+        sums = others.gather(1, parents.expand(-1, -1, group)) + codebooks[m][codes]
     found = beams[:, 0]
     nearer = _distance(targets, found, codebooks) < _distance(targets, start, codebooks)
     return torch.where(nearer[:, None], found, start)
 
 
-def _repeated(beams: Tensor, m: int) -> Tensor:
-    """Say which hypotheses (n, beam) equal an earlier one in all codebooks but `m`."""
+def repeated(beams: Tensor, m: int) -> Tensor:
+    """Say which hypotheses (n, beam, 1) equal an earlier one in all codebooks but `m`.
+
+    They are told apart by a hash of 64 bits; should two ever collide, one is lost to the beam.
+    """
     n, width, books = beams.shape
     if width == 1 or books == 1:
-        return beams.new_zeros(n, width, dtype=torch.bool)
-    if books == 2:  # by sorting, because the beam may be as wide as a codebook
-        other, order = beams[..., 1 - m].sort(dim=1, stable=True)
-        again = torch.zeros_like(other, dtype=torch.bool)
-        again[:, 1:] = other[:, 1:] == other[:, :-1]
-        return torch.zeros_like(again).scatter_(1, order, again)
-    rest = torch.cat([beams[..., :m], beams[..., m + 1 :]], 2)
-    same = (rest[:, :, None] == rest[:, None]).all(3)
-    return torch.tril(same, diagonal=-1).any(2)
+        return beams.new_zeros(n, width, 1, dtype=torch.bool)
+    key = beams.new_zeros(n, width)
+    for other in range(books):
+        if other != m:
+            key = key * HASH + beams[..., other]
+    key, order = key.sort(dim=1, stable=True)
+    again = torch.zeros_like(key, dtype=torch.bool)
+    again[:, 1:] = key[:, 1:] == key[:, :-1]
+    return torch.zeros_like(again).scatter_(1, order, again)[..., None]
 
 
 def _distance(targets: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:

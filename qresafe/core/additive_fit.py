@@ -18,6 +18,7 @@ from torch import Tensor
 from qresafe.core.additive import decode_groups, residual_codes, search
 
 DAMPING = 0.01  # of H's mean diagonal, as in GPTQ: makes every group's part of H invertible
+FLOOR = 1e-7  # of the loss: what rounding codebooks and scales to float16 adds
 
 
 @dataclass
@@ -44,7 +45,7 @@ class FitSettings:
         group_size: Weights per code.
         beam: Hypotheses per group in the code search.
         rounds: Most turns of codes, codebooks and scales.
-        tolerance: The turns end when one lowers the loss by less than this share.
+        tolerance: The turns end when one lowers the loss by less than this share, or at FLOOR.
         kmeans_steps: Lloyd steps of each codebook's start.
         solver_steps: Conjugate gradient steps per turn.
     """
@@ -80,7 +81,7 @@ def fit_additive(
         update_codebooks(fit, weight, hessian, settings.solver_steps)
         update_scales(fit, weight, hessian)
         history.append(loss(weight, fit.dense(), hessian) / whole)
-        if history[-1] > history[-2] * (1 - settings.tolerance):
+        if history[-1] > history[-2] * (1 - settings.tolerance) or history[-1] < FLOOR:
             break
     return fit, history
 

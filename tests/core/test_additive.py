@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qresafe.core.additive import AdditiveGrid, residual_codes, search, wrapped
+from qresafe.core.additive import AdditiveGrid, repeated, residual_codes, search, wrapped
 
 
 def random_grid(
@@ -59,6 +59,21 @@ def test_searches_against_every_combination(books: int, bits: int) -> None:
     found = search(targets, start, grid.codebooks, beam=1 << (bits * (books - 1)), sweeps=1)
     reached = sum(grid.codebooks[m][found[:, m]] for m in range(books))
     torch.testing.assert_close((targets - reached).norm(dim=1), nearest)
+
+
+def test_hypotheses_that_differ_in_one_codebook_alone_are_found() -> None:
+    """Of three codebooks, m = 1 is free: (5, *, 7) comes three times, and the first one stays.
+
+    The codes fill 16 bits, so that no small product tells hypotheses apart by luck.
+    """
+    beams = torch.tensor([[[5, 1, 7], [7, 1, 5], [5, 2, 7], [65535, 0, 65534], [5, 1, 7]]])
+    assert repeated(beams, 1)[0, :, 0].tolist() == [False, False, True, False, True]
+    assert repeated(beams, 0)[0, :, 0].tolist() == [False, False, False, False, True]
+    many = torch.randint(3, (50, 12, 4), generator=torch.Generator().manual_seed(0))
+    for m in range(4):
+        for hypotheses, again in zip(many, repeated(many, m)[..., 0].tolist(), strict=True):
+            rest = [tuple(h[:m].tolist() + h[m + 1 :].tolist()) for h in hypotheses]
+            assert again == [one in rest[:i] for i, one in enumerate(rest)]
 
 
 @pytest.mark.parametrize(("books", "bits"), [(1, 8), (2, 4), (4, 4), (1, 10)])

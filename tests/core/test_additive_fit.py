@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qresafe.core.additive_fit import (
+    FLOOR,
     AdditiveFit,
     FitSettings,
     damped,
@@ -113,3 +114,16 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     )
     assert torch.isfinite(fit.dense()).all()
     assert history[-1] < history[0]
+
+
+def test_the_turns_end_where_rounding_to_16_bits_costs_more() -> None:
+    """Six codebooks of 4 bits on groups of 2: 12 bits a weight, far finer than float16."""
+    weight, hessian = problem()
+    settings = FitSettings(codebooks=6, bits=4, group_size=2, tolerance=1e-6)
+    fit, history = fit_additive(weight, hessian, settings, torch.Generator().manual_seed(0))
+    assert len(history) < 1 + settings.rounds
+    assert history[-1] < FLOOR <= history[-2]
+    rounded = AdditiveFit(fit.codebooks.half().float(), fit.scales.half().float(), fit.indices)
+    hessian = damped(hessian)
+    whole = loss(weight, torch.zeros_like(weight), hessian)
+    assert loss(weight, rounded.dense(), hessian) / whole > 2 * history[-1]
