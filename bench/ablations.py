@@ -132,12 +132,13 @@ def rows(seed: int) -> Iterator[Row]:
                 label = f"{line}, {values[0]:g}".removeprefix(", ")
                 yield Row(name, label, "Q", {"patch": changes}, seed)
     for name, group in whole["groups"].items():
-        part = "pairs" if group.get("pairs") else "patch"
+        part = group.get("of", "patch")
         if seed not in group.get("seeds", [seed]):
             continue
         for label, changes in group["rows"].items():
             for suffix, arm in group.get("arms", {"": "Q"}).items():
-                yield Row(name, label + suffix, arm, {part: changes}, seed)
+                settings = {part: changes} if isinstance(part, str) else changes
+                yield Row(name, label + suffix, arm, settings, seed)
     races = whole["races"]
     probe = {"every": races["every"], "prompts": races["prompts"]}
     for label, changes in races["rows"].items():

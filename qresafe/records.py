@@ -6,15 +6,15 @@ drops, by reason. A failed generation is a row with `error` set, never a lost ro
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import pyarrow as pa
 
 from qresafe.errors import DataError, nearest
+from qresafe.spec_base import Axis as Axis
+from qresafe.spec_base import Kind as Kind
 from qresafe.spec_base import Outcome as Outcome
 
-Axis = Literal["harmful", "benign", "borderline"]
-Kind = Literal["harmful", "benign", "borderline", "recombined"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 REFUSALS: tuple[Outcome, ...] = ("refused", "partial")  # of either kind, as XSTest's people count
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # Here and not in `records`, because a judge's spec names outcomes, and specs go without pyarrow.
+Axis = Literal["harmful", "benign", "borderline"]
+Kind = Literal["harmful", "benign", "borderline", "recombined"]  # of calibration prompts
 Outcome = Literal["refused", "partial", "complied", "incoherent", "undecided"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -14,8 +14,10 @@ from qresafe.judge_specs import JudgeSpec
 from qresafe.quantize_specs import LlmQatSpec, QuantizeSpec
 from qresafe.spec_base import (
     AtLeastOne,
+    Axis,
     Count,
     Fraction,
+    Kind,
     Positive,
     Weight,
 )
@@ -36,7 +38,7 @@ class PromptSetSpec(Spec):
 
     benchmark: str = "embedded"  # `qresafe benchmarks` lists them
     # None: the benchmark's own (`prompts` and `embedded`: harmful).
-    axis: Literal["harmful", "benign", "borderline"] | None = None
+    axis: Axis | None = None
     subset: str | None = None  # where a benchmark has parts, e.g. harmbench: contextual
     split: str = "test"
     path: str | None = None  # local file, `datasets` folder or hub id; None: the benchmark's hub id
@@ -95,12 +97,17 @@ class TeacherSpec(Spec):
 class PairsSpec(Spec):
     """The calibration pool: how many prompts of each kind W and Q0 answer."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"prefer"})
     teacher: TeacherSpec | None = None  # None: W itself
+    # Kinds whose prompts become preferences (x, y_w, y_l); W's answers to the others are anchors.
+    # The paper's pairs come of benign chats (UltraChat): [benign].
+    prefer: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("harmful",)
     harmful: Count = 300
     benign: Count = 300
     borderline: Count = 300
     recombined: Count = 800
-    max_preferences: AtLeastOne = 300  # at most so many DPO pairs (W refuses, Q0 complies)
+    max_preferences: AtLeastOne = 300  # at most so many DPO pairs
+    # Harmful prompts: where W refuses and Q0 does not, or where the answers differ, as of others.
     keep: Literal["flips", "different"] = "flips"
     judge: str = "keyword"  # decides what a flip is
     teacher_tokens: Count = 40  # store W's distribution on the first n tokens of its answer

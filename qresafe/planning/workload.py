@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from qresafe.loading import read_yaml
+from qresafe.spec_base import Kind
 from qresafe.specs import AttackSpec, ExperimentSpec, PatchSpec, PromptSetSpec
 
 FILE = Path(__file__).with_name("assumptions.yaml")
@@ -61,14 +64,15 @@ class Workload:
 
 def workload(spec: ExperimentSpec) -> Workload:
     """Return how many rows the stages of an experiment see; upper bounds where data decides."""
-    harmful, others = _calibration(spec)
-    preferences = min(harmful, spec.pairs.max_preferences)
+    prompts = _calibration(spec)
+    preferred = sum(prompts.get(kind, 0) for kind in spec.pairs.prefer)
+    preferences = min(preferred, spec.pairs.max_preferences)
     weights = spec.patch.objective
-    anchored = others if weights.kl or weights.anchor else 0
+    anchored = prompts.total() - preferred if weights.kl or weights.anchor else 0
     sets = spec.evaluate.prompts
     tunes = spec.control and spec.quantize.method in {"llm_qat", "qlora"}
     return Workload(
-        calibration=harmful + others,
+        calibration=prompts.total(),
         pool=preferences + anchored,
         preferences=preferences,
         evaluation=sum(map(rows_of, sets)),
@@ -91,15 +95,17 @@ def steps_of(spec: PatchSpec, pool: int) -> int:
     return spec.steps or max(1, math.ceil(spec.epochs * pool / spec.batch_size))
 
 
-def _calibration(spec: ExperimentSpec) -> tuple[int, int]:
-    """Return harmful and other calibration prompts."""
+def _calibration(spec: ExperimentSpec) -> Counter[str]:
+    """Return how many calibration prompts there are of each kind."""
     pairs = spec.pairs
     if pairs.prompts:
-        harmful = sum(rows_of(p) for p in pairs.prompts if p.axis in {None, "harmful"})
-        return harmful, sum(map(rows_of, pairs.prompts)) - harmful
-    if pairs.path:
-        return assumptions().default_rows, assumptions().default_rows
-    return pairs.harmful, pairs.benign + pairs.borderline + pairs.recombined
+        found: Counter[str] = Counter()
+        for prompts in pairs.prompts:
+            found[prompts.axis or "harmful"] += rows_of(prompts)
+        return found
+    if pairs.path:  # what it holds is not known before it is read
+        return Counter(harmful=assumptions().default_rows, benign=assumptions().default_rows)
+    return Counter({kind: getattr(pairs, kind) for kind in get_args(Kind)})
 
 
 def _tries(attack: AttackSpec) -> int:

@@ -128,8 +128,7 @@ def pairs(
     made = run.stage(
         "pairs",
         # Where the prompts come from shows in the completions.
-        spec=spec.model_dump(mode="json", exclude={"prompts", "near_duplicate"})
-        | _dropped(contamination),
+        spec=spec.key_data({"prompts", "near_duplicate"}) | _dropped(contamination),
         inputs=inputs | ({"teacher": teacher.key} if teacher else {}),
         code_version=CODE_VERSION,
         work=work,
@@ -151,9 +150,8 @@ def select(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Choose the rows to train on and count the others, by reason.
 
-    Benign, borderline and recombined prompts carry W's answer as an anchor. A harmful prompt
-    becomes a preference if the answers differ and, with `keep: flips`, W refused where Q0 did
-    not.
+    A prompt of a kind in `prefer` becomes a preference if the answers differ and, where it is
+    harmful and `keep` is flips, W refused and Q0 did not. The others carry W's answer as an anchor.
 
     Args:
         teacher: W's completions, as rows of `records.COMPLETION`.
@@ -174,7 +172,7 @@ def select(
         rejected = by_prompt.get(chosen["prompt_id"])
         reason = _unusable(chosen, rejected, spec, refused)
         if reason is None:
-            kept.append(_pair(chosen, rejected or chosen))
+            kept.append(_pair(chosen, rejected or chosen, spec))
         else:
             dropped[reason] += 1
     kept, surplus = _limit(kept, spec)
@@ -184,7 +182,7 @@ def select(
         remedy = "add calibration prompts, or take a Q0 that has lost refusals"
         why = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise DataError(
-            f"Q0 refuses wherever W does, so there is nothing to repair ({why or 'no prompts'})",
+            f"W's and Q0's answers leave nothing to repair ({why or 'no prompts'})",
             where="pairs",
             remedy=remedy,
         )
@@ -210,27 +208,29 @@ def _unusable(
         return "failed generations"
     if not chosen["completion"].strip():
         return "empty answers"
-    if chosen["axis"] != "harmful":
+    if chosen["axis"] not in spec.prefer:
         return None
     if not rejected["completion"].strip():
         return "empty answers"
     if chosen["completion"] == rejected["completion"]:
         return "identical answers"
-    if spec.keep == "flips" and not refused(chosen):
+    if chosen["axis"] != "harmful" or spec.keep == "different":
+        return None
+    if not refused(chosen):
         return "W does not refuse"
-    if spec.keep == "flips" and refused(rejected):
+    if refused(rejected):
         return "Q0 refuses too"
     return None
 
 
-def _pair(chosen: Row, rejected: Row) -> Row:
+def _pair(chosen: Row, rejected: Row, spec: PairsSpec) -> Row:
     return {
         "prompt_id": chosen["prompt_id"],
         "kind": chosen["axis"],
         "prompt": chosen["prompt"],
         "chosen": chosen["completion"],
         "rejected": rejected["completion"],
-        "preference": chosen["axis"] == "harmful",
+        "preference": chosen["axis"] in spec.prefer,
         "chosen_ids": chosen["completion_ids"],
         "rejected_ids": rejected["completion_ids"],
     }
@@ -252,7 +252,8 @@ def _counts(kept: list[Row], dropped: Mapping[str, int]) -> dict[str, Any]:
         "dropped": dict(sorted(dropped.items())),
     }
     if not preferences:
-        counts["warning"] = "Q0 refuses wherever W does: only anchors and kl rows are left"
+        why = "Q0 refuses wherever W does, or answers alike"
+        counts["warning"] = f"no preferences, for {why}: only anchors and kl rows are left"
     return counts
 
 

@@ -88,6 +88,26 @@ def test_keep_different_takes_any_pair_of_unequal_answers() -> None:
     assert counts["dropped"] == {"identical answers": 1}
 
 
+def test_benign_chats_become_preferences_where_asked_for() -> None:
+    """The paper's pairs: W's and Q0's answers to benign chats, whoever refuses."""
+    answers = [("a", "benign", "Yes.", "No."), ("b", "benign", "Yes.", "Yes."),
+               ("c", "borderline", "Well.", "So."), ("h", "harmful", REFUSAL, ANSWER)]  # fmt: skip
+    w = [completion(i, axis, w) for i, axis, w, _ in answers]
+    q0 = [completion(i, axis, q) for i, axis, _, q in answers]
+    kept, counts = select(w, q0, PairsSpec(prefer=("benign",)), refused)
+    assert {row["prompt_id"]: row["preference"] for row in kept} == {
+        "a": True, "c": False, "h": False
+    }  # fmt: skip
+    assert counts["dropped"] == {"identical answers": 1}
+    kept, _ = select(w, q0, PairsSpec(prefer=("benign",), max_preferences=1), refused)
+    assert sum(row["preference"] for row in kept) == 1
+
+
+def test_pairs_made_before_there_was_a_choice_are_found() -> None:
+    assert "prefer" not in PairsSpec().key_data()
+    assert PairsSpec(prefer=("benign",)).key_data()["prefer"] == ["benign"]
+
+
 def test_max_preferences_draws_by_seed_and_keeps_anchors() -> None:
     w = [completion(f"h{i}", "harmful", REFUSAL) for i in range(9)]
     q0 = [completion(f"h{i}", "harmful", ANSWER) for i in range(9)]
