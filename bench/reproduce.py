@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*", default=list(table_names()), help="tables")
+    parser.add_argument("--quantizers", nargs="*", default=[""], help="e.g. AQLM, or AQLM INT4")
     parser.add_argument("--storage", default=".bench/reproduce")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -81,7 +82,9 @@ def main() -> None:
     wanted = tasks(args.only, args.seeds, args.storage)
     if not args.page:
         place = Place(args.storage, args.device, time.time() + 60 * args.minutes)
-        measure_all(wanted, place, args.processes)
+        begins = tuple(args.quantizers)
+        chosen = [task for task in wanted if task.arm.arm.quantizer.startswith(begins)]
+        measure_all(chosen, place, args.processes)
     write_pages(wanted, args.storage)
 
 
