@@ -96,7 +96,8 @@ def page(
         own = [row for row in rows if row.title == arm.arm.title]
         refused += [f"- {row.title}, seed {row.seed}: {row.refused}" for row in own if row.refused]
         cells = [
-            cell_text(compared(cell, arm, own, preset.model), table.comparable)
+            # Hours are of another machine: only their ratios within a column say something.
+            cell_text(compared(cell, arm, own, preset.model), table.comparable and cell != "hours")
             if cell in arm.cells
             else ""
             for cell in table.cells

@@ -85,6 +85,13 @@ def test_what_one_side_lacks_is_a_dash() -> None:
     assert cell_text(Compared(0.012, None, (0.012,))) == "0.012"
 
 
+def test_hours_of_two_machines_are_not_subtracted() -> None:
+    arms = planned(paper_table("table6"), preset("embedded"), [])
+    row = FilledRow(title=arms[0].arm.title, seed=0, figures={"hours": (0.02, 0)})
+    text = page(paper_table("table6"), arms, [row], preset("embedded"), "Made here.")
+    assert "| 0.02 · paper 8.4 |" in text
+
+
 TOY = [
     "evaluate.prompts=[{axis: harmful, limit: 4}]",
     "evaluate.generate={max_new_tokens: 4}",
