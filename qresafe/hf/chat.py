@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[i
         system: A system message, or None for the template's own default.
 
     Raises:
-        ModelError: `system` is given but the template refuses or ignores it.
+        ModelError: The template fails.
     """
     messages = [{"role": "system", "content": system}] if system else []
     return render_ids(tokenizer, [*messages, {"role": "user", "content": prompt}])
@@ -51,14 +52,44 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], li
 def render_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Return the ids of a chat with the opening of the assistant's next turn.
 
+    Where the template has no system role (Gemma's, Mistral's first), a system message goes in
+    front of the first user message, as in Gemma 3's own template.
+
     Raises:
-        ModelError: The template refuses the chat, or drops a system message silently.
+        ModelError: The template refuses the chat.
     """
+    if any(message["role"] == "system" for message in messages) and not has_system_role(tokenizer):
+        messages = without_system_role(messages)
     text = _render(tokenizer, messages, opening=True)
-    for message in messages:
-        if message["role"] == "system" and message["content"].strip() not in text:
-            raise _no_system(tokenizer)
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@functools.lru_cache(maxsize=16)
+def has_system_role(tokenizer: Any) -> bool:
+    """Say whether the template renders a system message; warn if it refuses it or drops it."""
+    chat = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "x"}]
+    try:
+        found = _PROBE in _render(tokenizer, chat, opening=True)
+    except ModelError as error:
+        if not isinstance(error.__context__, jinja2.TemplateError):
+            raise
+        found = False
+    if not found:
+        where = "in front of the first user message"
+        what = f"{tokenizer.name_or_path}: its chat template has no system role"
+        warnings.warn(f"{what}; system prompts are put {where}", stacklevel=2)
+    return found
+
+
+def without_system_role(messages: Sequence[Message]) -> list[Message]:
+    """Return a chat whose system messages stand in front of its first user message."""
+    said = [message["content"] for message in messages if message["role"] == "system"]
+    rest = [message for message in messages if message["role"] != "system"]
+    first = next((i for i, message in enumerate(rest) if message["role"] == "user"), None)
+    if first is None:
+        raise DataError("a chat has no user message", remedy="let a user speak in every chat")
+    rest[first] = {"role": "user", "content": "\n\n".join([*said, rest[first]["content"]])}
+    return rest
 
 
 @functools.lru_cache(maxsize=16)
@@ -83,14 +114,5 @@ def _render(tokenizer: Any, messages: list[Message], *, opening: bool) -> str:
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
         )
     except Exception as error:  # a template is a program: it may fail in any way
-        refused = isinstance(error, jinja2.TemplateError)
-        if refused and any(message["role"] == "system" for message in messages):
-            raise _no_system(tokenizer) from None
         what = f"the chat template fails ({' '.join(str(error).split())[:200]})"
         raise ModelError(what, where=str(tokenizer.name_or_path)) from None
-
-
-def _no_system(tokenizer: Any) -> ModelError:
-    remedy = "leave the system prompt empty, or put it into the prompts"
-    what = "the model's chat template takes no system prompt"
-    return ModelError(what, where=str(tokenizer.name_or_path), remedy=remedy)

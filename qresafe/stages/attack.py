@@ -175,7 +175,7 @@ def requests(
 
     Raises:
         DataError: A prompt with its answer is longer than the model's context.
-        ModelError: The template takes no system prompt.
+        ModelError: The template fails.
     """
     ref = model.ref
     tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)

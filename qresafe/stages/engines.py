@@ -124,7 +124,7 @@ def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> l
 
     Raises:
         DataError: A prompt with its answer or target is longer than the model's context.
-        ModelError: The tokenizer has no chat template, or it takes no system prompt.
+        ModelError: The tokenizer has no chat template, or it fails.
     """
     ref = model.ref
     tokenizer = load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)

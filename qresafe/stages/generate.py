@@ -56,7 +56,7 @@ def generate(
 
     Raises:
         DataError: Empty table, empty prompt, repeated id, or a prompt that exceeds the context.
-        ModelError: No chat template, or the template takes no system prompt; or the endpoint
+        ModelError: No chat template, or one that fails; or the endpoint
             cannot be reached or refuses the key.
     """
     sources = sources_of(prompts)

@@ -49,13 +49,29 @@ def test_a_chat_without_an_answer_is_refused(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["raises", "drops"])
-def test_a_template_without_system_prompts_is_named(tokenizer: Any, how: str) -> None:
+def test_a_system_prompt_goes_to_the_user_where_the_template_has_no_role_for_it(
+    tokenizer: Any, how: str
+) -> None:
     refuse = "{{ raise_exception('System role not supported') }}" if how == "raises" else ""
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message['role'] == 'system' %}"
         + refuse
         + "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ModelError, match="takes no system prompt"):
+    with pytest.warns(UserWarning, match="no system role"):
+        asked = chat.prompt_ids(tokenizer, "hi", system="be kind")
+    assert asked == chat.prompt_ids(tokenizer, "be kind\n\nhi")
+    dialogue = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant")]
+    context, answer = chat.chat_ids(tokenizer, dialogue)
+    assert (context, answer) == (
+        chat.prompt_ids(tokenizer, "s\n\nu"),
+        chat.answer_ids(tokenizer, "a"),
+    )
+    with pytest.raises(DataError, match="no user message"):
+        chat.render_ids(tokenizer, dialogue[:1])
+
+
+def test_a_template_that_breaks_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(ModelError, match="division by zero"):
         chat.prompt_ids(tokenizer, "hi", system="be kind")
-    assert chat.prompt_ids(tokenizer, "hi")
