@@ -88,3 +88,9 @@ def test_a_dry_run_tells_what_each_row_needs(cli: Any) -> None:
     assert code == 0, err
     assert "GPU-hours" in out
     assert "!" in out  # full fine-tuning of 7 B weights does not fit one GPU
+    assert out.startswith("meta-llama/Llama-2-7b-chat-hf, 6.74 B weights, on 8xH100-80; 1 seed(s)")
+    code, out, err = cli("reproduce", "table4", *arguments, "--seed", "0", "--seed", "1", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    hours = [row["needs"]["device_hours"] for row in told["tables"]["table4"]]
+    assert told["device_hours"] == pytest.approx(2 * sum(hours))  # of two seeds

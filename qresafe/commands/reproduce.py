@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from contextlib import closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,8 @@ import typer
 from qresafe.commands.options import AsJson, Overrides, Storage, Workers, with_shortcuts
 
 if TYPE_CHECKING:
+    from qresafe.planning.hardware import Cluster
+    from qresafe.planning.rows import Need
     from qresafe.specs import ExperimentSpec
     from qresafe.stages.reproduce.filled import FilledRow
     from qresafe.stages.reproduce.plan import PlannedArm
@@ -56,7 +59,7 @@ def reproduce(
     model, seeds = named(preset), seeds or [0]
     plans = {name: planned(paper_table(name), model, given) for name in asked}
     if dry_run:
-        _tell_plan(plans, seeds, cluster)
+        _tell_plan(plans, len(seeds), cluster, as_json=as_json)
         return
     found = _measure(plans, preset, seeds)
     _write(plans, found, preset, given, as_json=as_json)
@@ -155,40 +158,73 @@ def _when_and_where() -> str:
     return f"{datetime.now(UTC):%Y-%m-%d}, {machine['cpus']} CPU cores ({machine['machine']})"
 
 
-def _tell_plan(plans: dict[str, list[PlannedArm]], seeds: list[int], cluster: str | None) -> None:
+def _tell_plan(
+    plans: dict[str, list[PlannedArm]], seeds: int, cluster: str | None, *, as_json: bool
+) -> None:
+    """Print what every row needs, and what all of them need together."""
     from qresafe.console import table
+    from qresafe.planning.hardware import hardware
+    from qresafe.planning.shapes import shape_of
     from qresafe.stages.reproduce.tables import paper_table
 
+    first = _first(plans)
+    on, shape = _cluster(first, cluster), shape_of(first.model)
+    needs = {name: [_need(arm, on) for arm in arms] for name, arms in plans.items()}
+    known = [need for of_table in needs.values() for need in of_table if need]
+    hours, cost = (
+        seeds * sum(getattr(n, what) for n in known) for what in ("device_hours", "cost")
+    )
+    if as_json:
+        rows = {
+            name: [
+                {"row": arm.arm.title, "cells": arm.cells, "needs": need and asdict(need)}
+                for arm, need in zip(arms, needs[name], strict=True)
+            ]
+            for name, arms in plans.items()
+        }
+        whole = {"model": first.model.path, "cluster": on.text, "seeds": seeds}
+        typer.echo(json.dumps(whole | {"device_hours": hours, "cost_usd": cost, "tables": rows}))
+        return
+    prices = hardware().as_of
+    typer.echo(
+        f"{first.model.path}, {shape.parameters / 1e9:.3g} B weights, on {on.text}; {seeds} seed(s)"
+    )
     header = ["row", "quantizer", "patched", "GPU-hours", "GiB", "USD", "measured"]
     for name, arms in plans.items():
-        typer.echo(f"\n{name}: {paper_table(name).title}; {len(seeds)} seed(s)")
-        rows = [
-            [
-                arm.arm.title,
-                arm.spec.quantize.method if arm.spec else f"not here: {arm.absent}",
-                "yes" if arm.patched else "no",
-                *_needed(arm, len(seeds), cluster),
-                ", ".join(arm.cells),
-            ]
-            for arm in arms
-        ]
-        table(header, rows, words=True)
+        typer.echo(f"\n{name}: {paper_table(name).title}")
+        table(
+            header, [_row(*pair, seeds) for pair in zip(arms, needs[name], strict=True)], words=True
+        )
     typer.echo(
-        "\nGPU-hours and USD: of all seeds, as if a row shared no stage with another; "
-        "GiB: per GPU (or process), ! where there are fewer. See docs/plan.md."
+        f"\nTogether {_figure(hours)} GPU-hours and USD {_figure(cost)} (prices of {prices}), as "
+        "if a row shared no stage with another: an upper bound. GiB: per GPU (or process), ! where "
+        "there are fewer. See docs/plan.md."
     )
 
 
-def _needed(arm: PlannedArm, seeds: int, cluster: str | None) -> list[str]:
-    """Return GPU-hours, GiB and cost of a row; empty cells where there is no experiment."""
+def _cluster(spec: ExperimentSpec, written: str | None) -> Cluster:
     from qresafe.dist.capacity import found_cluster
     from qresafe.planning.hardware import parse_cluster
+
+    return parse_cluster(written) if written else found_cluster(spec.resources)
+
+
+def _need(arm: PlannedArm, on: Cluster) -> Need | None:
+    """Return what a row needs; None where there is no experiment."""
     from qresafe.planning.rows import need
 
-    if arm.spec is None:
-        return ["", "", ""]
-    on = parse_cluster(cluster) if cluster else found_cluster(arm.spec.resources)
-    found = need(arm.spec, on, patched=arm.patched)
-    room = "" if found.fits else " !"
-    hours, cost = seeds * found.device_hours, seeds * found.cost
-    return [f"{hours:.2g}", f"{found.gib:.1f}{room}", f"{cost:.2g}"]
+    return need(arm.spec, on, patched=arm.patched) if arm.spec else None
+
+
+def _row(arm: PlannedArm, need: Need | None, seeds: int) -> list[str]:
+    cells = ", ".join(arm.cells)
+    if arm.spec is None or need is None:
+        return [arm.arm.title, f"not here: {arm.absent}", "no", "", "", "", cells]
+    room = "" if need.fits else " !"
+    hours, cost = (_figure(seeds * value) for value in (need.device_hours, need.cost))
+    sizes = [hours, f"{need.gib:.1f}{room}", cost]
+    return [arm.arm.title, arm.spec.quantize.method, "yes" if arm.patched else "no", *sizes, cells]
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

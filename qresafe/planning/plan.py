@@ -12,9 +12,10 @@ from qresafe.planning.answering import gpus_of, teachers_of
 from qresafe.planning.hardware import GIB, Cluster
 from qresafe.planning.memory import WEIGHTS, Batch, Parts
 from qresafe.planning.patching import code_bits, patching
+from qresafe.planning.quantizing import quantizing
 from qresafe.planning.shapes import ModelShape
 from qresafe.planning.workload import Assumptions, Workload, assumptions, steps_of, workload
-from qresafe.quantize_specs import Critical16Spec, LlmQatSpec
+from qresafe.quantize_specs import Critical16Spec
 from qresafe.specs import ExperimentSpec
 
 SECONDS = 3600.0
@@ -188,13 +189,13 @@ class _Planner:
             yield self._snip(spec)
         if method.method == "checkpoint":
             return
-        parts, tokens = self._quantizing(method)
-        flops = 6 * self.shape.parameters * tokens
+        needs = quantizing(method, self.shape, self.known, self.cluster.device)
         copies = 2 if self.spec.control and method.method in {"llm_qat", "qlora"} else 1
+        seconds = copies * self._compute(needs.flops, self.known.train_utilisation, 1)
         yield self._stage(
             f"quantize ({spec.method})",
-            parts,
-            copies * self._compute(flops, self.known.train_utilisation, 1),
+            needs.parts,
+            seconds + needs.scores * self.known.search_bytes / self.cluster.bandwidth,
             devices=1,
             measured=method.method == "llm_qat",
             host=float(self.shape.bytes * self.shape.parameters),
@@ -207,39 +208,6 @@ class _Planner:
         flops = 4 * self.shape.parameters * spec.harmful * columns
         seconds = self._compute(flops, self.known.train_utilisation, 1)
         return self._stage("score W (critical16)", parts, seconds, devices=1, measured=False)
-
-    def _quantizing(self, method: Any) -> tuple[Parts, float]:
-        """Return the memory of a quantizer and the tokens that it trains or calibrates on."""
-        shape, answer = self.shape, self.known.prompt_tokens
-        if isinstance(method, LlmQatSpec):
-            columns = 2 * answer
-            batch = Batch(method.batch_size, columns, method.batch_size * answer)
-            chats = method.calibration.benign + method.calibration.harmful
-            steps = method.steps
-            if method.epochs is not None:
-                steps = max(1, round(method.epochs * math.ceil(chats / method.batch_size)))
-            distils = method.loss == "self_distill"
-            parts = memory.full_training(
-                shape,
-                batch,
-                rounded=True,
-                teacher=distils,
-                device=self.cluster.device,
-                moments=memory.MOMENTS[method.optimizer],
-                checkpointing=method.gradient_checkpointing,
-            )
-            again = 8 / 6 if method.gradient_checkpointing else 1.0
-            return parts, again * steps * batch.tokens
-        if method.method in {"gptq", "awq"}:
-            tokens = float(method.sequences * method.max_length)
-            activations = shape.bytes * tokens * shape.hidden
-            return {
-                WEIGHTS: shape.bytes * shape.parameters,
-                memory.ACTIVATIONS: activations,
-            }, tokens
-        if method.method in {"qlora", "aqlm"}:
-            return {WEIGHTS: 4.0 * shape.parameters, memory.FORMED: 4.0 * shape.largest}, 1e5
-        return {WEIGHTS: 4.0 * shape.largest}, 0.0  # one layer at a time
 
     def _generate(
         self,

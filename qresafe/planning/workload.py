@@ -29,6 +29,7 @@ class Assumptions(BaseModel):
     score_utilisation: float
     decode_bandwidth: float
     load_gbs: float
+    search_bytes: float
     default_rows: int
     rows: dict[str, int]
 
