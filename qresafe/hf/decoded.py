@@ -1,4 +1,4 @@
-"""Quantized models that run with decoded weights here, for want of the library that runs them."""
+"""Quantized models that run with decoded weights here, for want of a library or a fast kernel."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ from typing import Any
 LIBRARIES = {"gptq": ("gptqmodel", "optimum"), "awq": ("gptqmodel",)}
 
 
-def decoded_because(config: Mapping[str, Any]) -> str | None:
-    """Return why a model with this config.json runs with decoded weights; None if as it is."""
+def decoded_because(config: Mapping[str, Any], device: str = "") -> str | None:
+    """Return why a model with this config.json runs with decoded weights; None if as it is.
+
+    The `aqlm` package's CPU kernels take one row at a time, or decode every layer at every step,
+    and the former loses sums with more than one thread: it adds to the same outputs without a lock.
+
+    Args:
+        config: The model's.
+        device: Where it is to run, e.g. "cpu"; empty: not said.
+    """
     quantized = config.get("quantization_config")
     method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+    if method == "aqlm" and device == "cpu":
+        return "runs with decoded weights: aqlm's kernels for a CPU are slow"
     needed = LIBRARIES.get(str(method), ())
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:

@@ -19,7 +19,6 @@ from qresafe.hf.decoded import decoded_because, load_decoded
 from qresafe.hf.files import check_files, check_names, warn_of_code
 from qresafe.hf.gguf_folder import check_gguf, gguf_file, is_unpacked, unpacked
 from qresafe.hf.hub import hub_gguf, hub_snapshot, is_hub_gguf
-from qresafe.hf.numba_threads import hold_to_one_thread, runs_on_numba
 from qresafe.hf.spread import is_spread, placing, require_inside
 from qresafe.hf.template_probe import check_template
 from qresafe.specs import ModelSpec
@@ -207,10 +206,10 @@ def load_model(
     """Load a causal LM by plain transformers, as a user would deploy it, in evaluation mode.
 
     Quantized checkpoints run through their own libraries, or, where these are not installed
-    (GPTQ, AWQ), with decoded weights and a warning; AQLM on a CPU in float32 and one numba
-    thread, see `qresafe.hf.numba_threads`. On CPUs with AVX512-BF16, bitsandbytes
-    repacks 4-bit weights at the first forward pass, after which its modules must be neither
-    dequantized nor saved: `qresafe.hf.checkpoint` reads codes from the files for that reason.
+    (GPTQ, AWQ), or slow (AQLM on a CPU), with decoded weights and a warning. On CPUs with
+    AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward pass, after which its
+    modules must be neither dequantized nor saved: `qresafe.hf.checkpoint` reads codes from the
+    files for that reason.
 
     Args:
         path: Model folder; a remote one is downloaded once.
@@ -223,8 +222,7 @@ def load_model(
 
     Raises:
         ModelError: transformers cannot load it, or would fill missing weights at random.
-        ResourceError: An AQLM model is to run on a CPU, and numba is missing; or the weights do
-            not fit on several GPUs.
+        ResourceError: The weights do not fit on several GPUs.
         CorruptArtifactError: A weight file is damaged.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -233,9 +231,8 @@ def load_model(
     folder = local_folder(path)
     check_folder(folder)
     _check_adapter(folder)
-    if reason := decoded_because(read_config(folder)):
+    if reason := decoded_because(read_config(folder), device):
         return load_decoded(folder, dtype, device, reason)
-    on_numba = runs_on_numba(read_config(folder), device)
     placed = placing(device)
     if scratch is not None:
         placed |= {"offload_folder": str(scratch), "offload_buffers": True}
@@ -243,7 +240,7 @@ def load_model(
     try:
         model, loaded = kind.from_pretrained(
             folder,
-            dtype="float32" if on_numba else dtype,
+            dtype=dtype,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             local_files_only=True,
@@ -260,7 +257,7 @@ def load_model(
         from qresafe.hf.overlaid import apply_kept
 
         apply_kept(model, folder)
-    return hold_to_one_thread(model.eval()) if on_numba else model.eval()
+    return model.eval()
 
 
 def _check_adapter(folder: Path) -> None:

@@ -1,11 +1,8 @@
-"""AQLM layers as the `aqlm` package computes them, and its CPU kernel's threads."""
+"""AQLM layers as the `aqlm` package computes them, and where they run decoded."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from safetensors.torch import save_file
 
 from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint
-from qresafe.hf.numba_threads import runs_on_numba
+from qresafe.hf.decoded import decoded_because
 
 CONFIG = {"quant_method": "aqlm", "in_group_size": 8, "out_group_size": 1, "num_codebooks": 2}
 
@@ -84,42 +81,8 @@ def test_what_cannot_be_read_is_refused(
         QuantizedCheckpoint.open(tmp_path).read("layer")
 
 
-def test_only_the_kernel_of_256_vectors_on_a_cpu_is_held() -> None:
-    def asked(bits: int, device: str) -> bool:
-        config = {"quantization_config": CONFIG | {"nbits_per_codebook": bits}}
-        return runs_on_numba(config, device)
-
-    assert asked(8, "cpu")
-    assert not any([asked(16, "cpu"), asked(8, "cuda:0"), runs_on_numba({}, "cpu")])
-
-
-# A layer big enough for the kernel's threads to run into each other, ten times on equal input.
-KERNEL = """
-import threading
-import numba, torch
-from aqlm import QuantizedLinear
-from qresafe.hf.numba_threads import hold_to_one_thread
-torch.manual_seed(0)
-layer = hold_to_one_thread(QuantizedLinear(256, 128, 8, 1, 2, 8, bias=False))
-layer.codes.data.random_(-128, 128)
-layer.codebooks.data.normal_()
-layer.scales.data.fill_(1.0)
-seen = torch.randn(1, 256)
-
-def run():
-    outputs = [layer(seen) for _ in range(10)]
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-    print(numba.get_num_threads())
-
-elsewhere = threading.Thread(target=run)
-elsewhere.start()
-elsewhere.join()
-"""
-
-
-def test_the_kernel_repeats_itself_in_any_thread() -> None:
-    environment = os.environ | {"NUMBA_NUM_THREADS": "4"}
-    done = subprocess.run(
-        [sys.executable, "-c", KERNEL], capture_output=True, text=True, env=environment
-    )
-    assert done.stdout.strip() == "1", done.stderr
+def test_only_on_a_cpu_aqlm_runs_decoded() -> None:
+    config = {"quantization_config": CONFIG | {"nbits_per_codebook": 8}}
+    assert "slow" in str(decoded_because(config, "cpu"))
+    assert decoded_because(config, "cuda:0") is None
+    assert decoded_because({}, "cpu") is None
