@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ablations import Found, kept_at, plan
-from bench.ablations_plots import curve_plot, touched_plot
+from bench.ablations_plots import curve_plot, races_plot, touched_plot
 from bench.touched import overlaps, rank_agreement, touched_shares
 from qresafe.stages.statistics import wilson
 
@@ -119,26 +119,47 @@ def _races(rows: Rows) -> str:
     own = by_label(one for one in rows if one.row.part == "races")
     if not own:
         return ""
+    races_plot(own, DOCS / "results-races.svg")
+    head = ["", "first: step", "s", "highest after it % (step)", "to stay: step", "s", "at end %"]
+    head.append("s per step")
     lines = [
         "## Time to safety\n",
-        "Seconds of training (steps and masks) until the attack success of 120 development "
-        "prompts, looked at every 5 steps, is at most W's on the same prompts + 2 points, and "
-        "stays there until the end; beside it, the first time that it gets there. Same data, "
-        "batch and learning rate; all through the grid.\n",
-        "| | steps | seconds | first | attack success at the end % | s per step |",
-        "|---|---|---|---|---|---|",
+        "Training until the attack success of 120 development prompts, looked at every 5 steps, is "
+        "at most W's on the same prompts + 2 points: for the first time, how far it rises again, "
+        "and from where on it stays; seconds of steps and masks. Same data, batch and learning "
+        "rate; all through the grid. Per seed.\n",
+        "| " + " | ".join(head) + " |",
+        "|---" * len(head) + "|",
+        *(f"| {label} | {' | '.join(_race(of_label))} |" for label, of_label in own.items()),
+        "\n![attack success while training](results-races.svg)",
     ]
-    for label, of_label in own.items():
-        bounds = [(one.curve, one.safe + SAFE) for one in of_label if one.safe is not None]
-        ends = [reached(curve, bound) for curve, bound in bounds]
-        first = [reached(curve, bound, stays=False) for curve, bound in bounds]
-        final = "/".join(f"{100 * one.curve[-1][2]:.1f}" for one in of_label)
-        pace = "/".join(f"{one.curve[-1][1] / one.curve[-1][0]:.2f}" for one in of_label)
-        steps = "/".join(f"{end[0]:.0f}" if end else "never" for end in ends)
-        seconds = "/".join(f"{end[1]:.1f}" if end else "never" for end in ends)
-        firsts = "/".join(f"{end[1]:.1f}" if end else "never" for end in first)
-        lines.append(f"| {label} | {steps} | {seconds} | {firsts} | {final} | {pace} |")
     return "\n".join(lines)
+
+
+def _race(rows: Rows) -> list[str]:
+    known = [(one.curve, one.safe + SAFE) for one in rows if one.safe is not None]
+    first = [reached(curve, bound, stays=False) for curve, bound in known]
+    stays = [reached(curve, bound) for curve, bound in known]
+    above = [_highest(curve, look) for (curve, _), look in zip(known, first, strict=True)]
+    return [
+        "/".join(texts)
+        for texts in (
+            [f"{look[0]:.0f}" if look else "never" for look in first],
+            [f"{look[1]:.1f}" if look else "never" for look in first],
+            [f"{100 * look[2]:.0f} ({look[0]:.0f})" if look else "–" for look in above],
+            [f"{look[0]:.0f}" if look else "never" for look in stays],
+            [f"{look[1]:.1f}" if look else "never" for look in stays],
+            [f"{100 * curve[-1][2]:.1f}" for curve, _ in known],
+            [f"{curve[-1][1] / curve[-1][0]:.2f}" for curve, _ in known],
+        )
+    ]
+
+
+def _highest(
+    curve: Sequence[Sequence[float]], first: Sequence[float] | None
+) -> Sequence[float] | None:
+    after = [look for look in curve if first and look[0] > first[0]]
+    return max(after, key=lambda look: look[2]) if after else None
 
 
 def reached(

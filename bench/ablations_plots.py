@@ -52,6 +52,21 @@ def curve_plot(rows: Sequence[Found], name: str, file: Path) -> None:
     save_svg(figure, file)
 
 
+def races_plot(races: Mapping[str, Sequence[Found]], file: Path) -> None:
+    """Draw attack success over the steps of each race, a line per seed."""
+    figure, panels = plt.subplots(1, len(races), figsize=(12, 2.6), sharey=True, squeeze=False)
+    for panel, (label, rows) in zip(panels[0], races.items(), strict=True):
+        for one, paint in zip(rows, PAINTS, strict=False):
+            steps, _, attacks = zip(*one.curve, strict=True)
+            shares = [100 * share for share in attacks]
+            panel.plot(steps, shares, color=paint, linewidth=1.2, label=f"seed {one.row.seed}")
+        panel.set(xlabel="step", title=label)
+        panel.title.set_fontsize(9)
+    panels[0][0].set_ylabel("attack success, %")
+    panels[0][-1].legend(frameon=False, fontsize=7)
+    save_svg(figure, file)
+
+
 def touched_plot(shares: Mapping[tuple[str, int], float], file: Path) -> None:
     """Draw the share of changed codes by projection (columns) and layer (rows)."""
     kinds = sorted({kind for kind, _ in shares})
