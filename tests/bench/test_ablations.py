@@ -85,8 +85,8 @@ def test_the_page_holds_means_intervals_races_and_refusals(
     assert "4 of the plan's 9 results" in page
     # 12 of 200: Wilson's middle is (12 + 1.92) / 203.84 = 6.8 %, and half its width 3.4.
     assert "| 4 | 6.0 (4.0/8.0) [3.5, 10.2] | 5.0 (5.0/5.0) |" in page
-    # W answers 2 % of the race's prompts, so it ends below 4 %: first at step 10, with 20 % at step 15,
-    # and to stay at step 25.
+    # W answers 2 % of the race's prompts, so it ends below 4 %: first at step 10, then 20 % at
+    # step 15, and to stay at step 25.
     assert "| tau .6 | 10 | 2.0 | 20 (15) | 25 | 5.0 | 3.0 | 0.20 |" in page
     assert "- masks, odd, seed 0: no such layer" in page
     assert (tmp_path / "results-rank.svg").read_text().startswith("<?xml")
