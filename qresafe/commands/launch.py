@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from typing import NoReturn
 
 import typer
@@ -27,6 +28,7 @@ def launch(app: typer.Typer, arguments: list[str] | None = None) -> NoReturn:
     0: done; 1: a bug; 2: a mistake in the command line or its inputs; 130: interrupted.
     """
     quiet_libraries()
+    warnings.formatwarning = _plain
     with redacted_output():
         sys.exit(_ended(app, arguments))
 
@@ -59,6 +61,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # DeepSpeed sets its logger's level itself, but leaves filters alone.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def _plain(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning to the user without the line of code that it comes from."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def user_error(error: BaseException | None) -> UserError | None:

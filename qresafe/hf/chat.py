@@ -75,10 +75,15 @@ def has_system_role(tokenizer: Any) -> bool:
             raise
         found = False
     if not found:
-        where = "in front of the first user message"
-        what = f"{tokenizer.name_or_path}: its chat template has no system role"
-        warnings.warn(f"{what}; system prompts are put {where}", stacklevel=2)
+        warn_of_no_role()
     return found
+
+
+@functools.cache
+def warn_of_no_role() -> None:
+    """Say it once; other models of a run have the same template."""
+    where = "in front of the first user message"
+    warnings.warn(f"no system role in the chat template: system prompts go {where}", stacklevel=2)
 
 
 def without_system_role(messages: Sequence[Message]) -> list[Message]:

@@ -58,6 +58,7 @@ def test_a_system_prompt_goes_to_the_user_where_the_template_has_no_role_for_it(
         + refuse
         + "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     )
+    chat.warn_of_no_role.cache_clear()
     with pytest.warns(UserWarning, match="no system role"):
         asked = chat.prompt_ids(tokenizer, "hi", system="be kind")
     assert asked == chat.prompt_ids(tokenizer, "be kind\n\nhi")
