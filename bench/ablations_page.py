@@ -63,8 +63,8 @@ def _head(rows: Rows, planned: int) -> str:
         "together, which take prompts for independent: the borderline ones are wordings of 32 "
         "phrases, so over-refusal is known less well than its figures look. `codes` are the codes "
         "changed in %, `s` the seconds of training on the device that is named, with other rows "
-        "beside it. What the figures say is in "
-        "[findings.md](findings.md)."
+        "beside it: not to be compared (the races' seconds per step are). What the figures say is "
+        "in [findings.md](findings.md)."
     )
 
 
