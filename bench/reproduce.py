@@ -180,7 +180,8 @@ def write_pages(wanted: Sequence[Task], storage: str) -> None:
         arms = list(dict.fromkeys(id(t.arm) for t in of_table))
         by_id = {id(task.arm): task.arm for task in of_table}
         text = page(paper_table(name), [by_id[i] for i in arms], rows, preset(PRESET), about)
-        (PAGES / f"{name}.md").write_text(text)
+        # A refusal names a file of the machine that it happened on.
+        (PAGES / f"{name}.md").write_text(text.replace(storage, "STORAGE"))
         print(f"wrote {PAGES / name}.md: {len(found)} of {len(of_table)} rows")
 
 
