@@ -20,6 +20,7 @@ from tests.heads import ROOT, Cluster
 def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
     storage = cluster.folder / "store"
     options = ["--preset", "cpu-smoke", "--storage", str(storage), "--json"]
+    options += ["--set", "control=false"]
     job = cluster.submit("ray_jobs.run_experiment", *options)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "SUCCEEDED" in job.stdout or "succeeded" in job.stdout
@@ -27,7 +28,7 @@ def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
     assert (report.parent / "DONE").exists()
     (found,) = (storage / "runs" / "cpu-smoke" / "compare").glob("*/comparison.json")
     arms = json.loads(found.read_text())["arms"]
-    assert [arm["label"] for arm in arms] == ["W", "control", "Q0", "Q", "adapter"]
+    assert [arm["label"] for arm in arms] == ["W", "Q0", "Q", "adapter"]
     assert str(report) in job.stdout
 
     # A second job finds everything finished.

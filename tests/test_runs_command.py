@@ -97,6 +97,7 @@ def test_a_storage_that_cannot_be_used_is_one_sentence(
         names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
         for name, value in zip(names, ("a", "b", "http://127.0.0.1:1"), strict=True):
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # a port that nothing hears stays so
     S3FileSystem.clear_instance_cache()
     for words in (["list"], ["show", "a"], ["prune", "a", "--yes"]):
         assert run(*words, "--storage", storage) == 2

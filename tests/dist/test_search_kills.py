@@ -88,7 +88,7 @@ def dying(mark: Path, index: int, times: int, real: Any) -> Any:
     return make
 
 
-@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_trial_whose_process_dies(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
