@@ -1,6 +1,6 @@
 """Ablations of the patch on the embedded model (bench/ablations.yaml): docs/results.md.
 
-    python -m bench.ablations                          # every row, seeds 0 1 2
+    python -m bench.ablations                          # every row with the seeds of its part
     python -m bench.ablations --only tau rank --seeds 0
     python -m bench.ablations --page                   # the page of the rows that are there
 
@@ -80,7 +80,7 @@ class Found:
 def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", help="of those in the plan")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the plan")
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--storage", default=".bench/ablations")
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
-    wanted = all_rows(args.seeds)
+    wanted = all_rows(args.seeds or planned_seeds())
     chosen = [row for row in wanted if not args.only or row.part in (*args.only, "bases")]
     if not args.page:
         last_start = time.time() + 60 * args.minutes
@@ -109,6 +109,17 @@ def plan() -> dict[str, Any]:
     return dict(read_yaml((HERE / "ablations.yaml").read_text()))
 
 
+def planned_seeds() -> list[int]:
+    """Return every seed that some part of the plan has."""
+    return sorted({seed for part in _parts(plan()).values() for seed in part["seeds"]})
+
+
+def _parts(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return name -> a curve, a group or the races, each with its seeds."""
+    parts = whole["curves"] | whole["groups"] | {"races": whole["races"]}
+    return {name: {"seeds": whole["seeds"]} | part for name, part in parts.items()}
+
+
 def all_rows(seeds: Sequence[int]) -> list[Row]:
     """Return the plan's rows, all seeds of a row one after the other."""
     listed = [row for seed in seeds for row in rows(seed)]
@@ -121,28 +132,37 @@ def all_rows(seeds: Sequence[int]) -> list[Row]:
 def rows(seed: int) -> Iterator[Row]:
     """Yield the plan's rows for one seed, what others build on first."""
     whole = plan()
-    for arm in BASES:
+    asked = [name for name, part in _parts(whole).items() if seed in part["seeds"]]
+    for arm in BASES if asked else ():
         yield Row("bases", arm, arm, {}, seed)
-    for name, curve in whole["curves"].items():
-        for line, given in curve["of"].items():
-            for values in zip(*given["each"].values(), strict=True):
-                changes: dict[str, Any] = given.get("set", {})
-                for key, value in zip(given["each"], values, strict=True):
-                    changes = merged(changes, nested(key, value))
-                label = f"{line}, {values[0]:g}".removeprefix(", ")
-                yield Row(name, label, "Q", {"patch": changes}, seed)
-    for name, group in whole["groups"].items():
-        part = group.get("of", "patch")
-        if seed not in group.get("seeds", [seed]):
-            continue
-        for label, changes in group["rows"].items():
-            for suffix, arm in group.get("arms", {"": "Q"}).items():
-                settings = {part: changes} if isinstance(part, str) else changes
-                yield Row(name, label + suffix, arm, settings, seed)
-    races = whole["races"]
-    probe = {"every": races["every"], "prompts": races["prompts"]}
-    for label, changes in races["rows"].items():
-        yield Row("races", label, "Q", {"patch": changes}, seed, probe)
+    for name in asked:
+        if name in whole["curves"]:
+            yield from _of_curve(name, whole["curves"][name], seed)
+        elif name in whole["groups"]:
+            yield from _of_group(name, whole["groups"][name], seed)
+        else:
+            races = whole["races"]
+            probe = {"every": races["every"], "prompts": races["prompts"]}
+            for label, changes in races["rows"].items():
+                yield Row(name, label, "Q", {"patch": changes}, seed, probe)
+
+
+def _of_curve(name: str, curve: Mapping[str, Any], seed: int) -> Iterator[Row]:
+    for line, given in curve["of"].items():
+        for values in zip(*given["each"].values(), strict=True):
+            changes: dict[str, Any] = given.get("set", {})
+            for key, value in zip(given["each"], values, strict=True):
+                changes = merged(changes, nested(key, value))
+            label = f"{line}, {values[0]:g}".removeprefix(", ")
+            yield Row(name, label, "Q", {"patch": changes}, seed)
+
+
+def _of_group(name: str, group: Mapping[str, Any], seed: int) -> Iterator[Row]:
+    part = group.get("of", "patch")
+    for label, changes in group["rows"].items():
+        for suffix, arm in group.get("arms", {"": "Q"}).items():
+            settings = {part: changes} if isinstance(part, str) else changes
+            yield Row(name, label + suffix, arm, settings, seed)
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

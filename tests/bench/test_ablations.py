@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import ablations_page
-from bench.ablations import Found, Row, all_rows, kept_at, plan, rows
+from bench.ablations import Found, Row, all_rows, kept_at, plan, planned_seeds, rows
 from bench.ablations_page import reached
 from bench.demo import Cell
 from bench.touched import overlaps, touched_shares
@@ -37,6 +37,15 @@ def test_all_seeds_of_a_row_follow_one_another() -> None:
                      ("bases", "control", 1)]  # fmt: skip
     # With seed 0 the shipped model would teach itself.
     assert {row.seed for row in found if row.part == "teachers"} == {1}
+
+
+def test_headline_parts_have_more_seeds_than_the_others() -> None:
+    assert planned_seeds() == [0, 1, 2, 3, 4]
+    seeds = {part: {row.seed for row in all_rows(planned_seeds()) if row.part == part}
+             for part in ("bases", "tau", "races", "rank", "teachers")}  # fmt: skip
+    assert seeds["bases"] == seeds["tau"] == seeds["races"] == {0, 1, 2, 3, 4}
+    assert (seeds["rank"], seeds["teachers"]) == ({0, 1, 2}, {1, 2})
+    assert list(rows(5)) == []
 
 
 def test_equal_rows_of_two_parts_are_kept_once_and_seeds_apart() -> None:
