@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +161,11 @@ def kept_at(place: Place, task: Task) -> Path:
     return Path(place.storage) / "rows" / f"{task.key}.json"
 
 
+def measured_on(path: Path) -> str:
+    """Return the day on which a row's figures were written."""
+    return date.fromtimestamp(path.stat().st_mtime).isoformat()
+
+
 def write_pages(wanted: Sequence[Task], storage: str) -> None:
     """Write a page for each table with the rows that are there."""
     PAGES.mkdir(exist_ok=True)
@@ -172,9 +178,11 @@ def write_pages(wanted: Sequence[Task], storage: str) -> None:
             continue
         rows = [FilledRow(**kept["row"] | {"title": task.arm.arm.title}) for task, kept in found]
         machines = ", ".join(dict.fromkeys(kept["hardware"] for _, kept in found))
+        days = sorted({measured_on(kept_at(place, task)) for task, _ in found})
         seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows}))
         about = (
-            f"Made by `python -m bench.reproduce --only {name}`, seeds {seeds}, {machines}; "
+            f"Made by `python -m bench.reproduce --only {name}`, seeds {seeds}, measured "
+            f"{' to '.join(dict.fromkeys((days[0], days[-1])))}; {machines}; "
             f"{len(found)} of {len(of_table)} rows."
         )
         arms = list(dict.fromkeys(id(t.arm) for t in of_table))
