@@ -35,7 +35,7 @@ def write_page(found: Rows, planned: int, storage: str = ".bench/ablations") -> 
     """
     whole = plan()
     rows = [one for one in found if one.cell]
-    parts = [_head(rows, planned), _part("bases", "The models", rows)]
+    parts = [_head(rows, planned, len(found) - len(rows)), _part("bases", "The models", rows)]
     for name, curve in whole["curves"].items():
         own = [one for one in rows if one.row.part == name]
         if own:
@@ -49,11 +49,12 @@ def write_page(found: Rows, planned: int, storage: str = ".bench/ablations") -> 
     print(f"wrote {PAGE} from {len(found)} of {planned} results")
 
 
-def _head(rows: Rows, planned: int) -> str:
+def _head(rows: Rows, planned: int, refused: int) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({one.row.seed for one in rows}))
     machines = "; ".join(sorted({one.hardware for one in rows}))
     n = next(one.cell.n["attack_success"] for one in rows if one.cell)
-    some = "" if len(rows) == planned else f" {len(rows)} of the plan's {planned} results."
+    some = f" {len(rows) + refused} of the plan's {planned} results"
+    some += f", of which {refused} are refusals." if refused else "."
     return (
         "# Ablations of the patch, embedded model\n\n"
         f"Made by `python -m bench.ablations` on {datetime.date.today()}; {machines}. Seeds "

@@ -91,7 +91,7 @@ def test_the_page_holds_means_intervals_races_and_refusals(
     ]
     ablations_page.write_page(found, planned=9, storage=str(tmp_path))
     page = (tmp_path / "results.md").read_text()
-    assert "4 of the plan's 9 results" in page
+    assert "5 of the plan's 9 results, of which 1 are refusals." in page
     # 12 of 200: Wilson's middle is (12 + 1.92) / 203.84 = 6.8 %, and half its width 3.4.
     assert "| 4 | 6.0 (4.0/8.0) [3.5, 10.2] | 5.0 (5.0/5.0) |" in page
     # W answers 2 % of the race's prompts, so it ends below 4 %: first at step 10, then 20 % at

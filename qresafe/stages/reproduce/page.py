@@ -11,6 +11,10 @@ from qresafe.stages.reproduce.plan import PlannedArm
 from qresafe.stages.reproduce.tables import PaperTable, ReproducePreset
 from qresafe.stages.statistics import wilson
 
+LEGEND = (
+    "Shares are in %: ours [95 % Wilson interval of all seeds' answers] (seed by seed) · the "
+    "paper's (ours less the paper's). A dash: not measured."
+)
 NUMBERS = ("hours", *OURS_LACKS)  # cells that are no share
 
 
@@ -89,7 +93,7 @@ def page(
         about: The command, date and machine.
     """
     header = ["", *(_title(cell) for cell in table.cells)]
-    lines = [f"## {table.title}", "", f"{table.asks} {about}", ""]
+    lines = [f"## {table.title}", "", f"{table.asks} {about}", "", LEGEND, ""]
     lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     refused = []
     for arm in arms:
@@ -110,4 +114,4 @@ def page(
 
 
 def _title(cell: str) -> str:
-    return cell.replace("_", " ").replace(".", " ")
+    return cell.replace(".", " ", 1).replace("_", " ")  # the arm's dot, not a number's

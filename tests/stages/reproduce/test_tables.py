@@ -85,6 +85,12 @@ def test_what_one_side_lacks_is_a_dash() -> None:
     assert cell_text(Compared(0.012, None, (0.012,))) == "0.012"
 
 
+def test_a_decoding_keeps_the_dot_of_its_number() -> None:
+    table = paper_table("table4")
+    text = page(table, planned(table, preset("embedded"), []), [], preset("embedded"), "")
+    assert "| W attack temperature 0.95 | W attack temperature 0.7 | W attack top k 500 |" in text
+
+
 def test_hours_of_two_machines_are_not_subtracted() -> None:
     arms = planned(paper_table("table6"), preset("embedded"), [])
     row = FilledRow(title=arms[0].arm.title, seed=0, figures={"hours": (0.02, 0)})
