@@ -75,6 +75,7 @@ def test_pbt_members_go_on_from_their_parents(tmp_path: Path, tiny_llama: Path) 
     assert patched.key == last.keys["patch"]
 
 
+@pytest.mark.long
 def test_failures_are_rows_and_three_of_a_kind_end_the_search(
     tmp_path: Path, tiny_llama: Path
 ) -> None:

@@ -59,6 +59,7 @@ def experiment(storage: Path, w: Path, runtime: Runtime) -> Experiment:
     return Experiment(load_spec(ExperimentSpec, spec), runtime)
 
 
+@pytest.mark.long
 def test_pairs_are_those_of_one_after_the_other(
     cluster: RayRuntime, tmp_path: Path, tiny_llama: Path
 ) -> None:
