@@ -179,11 +179,13 @@ def write_pages(wanted: Sequence[Task], storage: str) -> None:
         rows = [FilledRow(**kept["row"] | {"title": task.arm.arm.title}) for task, kept in found]
         machines = ", ".join(dict.fromkeys(kept["hardware"] for _, kept in found))
         days = sorted({measured_on(kept_at(place, task)) for task, _ in found})
-        seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in rows}))
+        seeds = sorted({row.seed for row in rows})
+        asked = [task for task in of_table if task.seed in seeds]
         about = (
-            f"Made by `python -m bench.reproduce --only {name}`, seeds {seeds}, measured "
+            f"Made by `python -m bench.reproduce --only {name} "
+            f"--seeds {' '.join(map(str, seeds))}`, measured "
             f"{' to '.join(dict.fromkeys((days[0], days[-1])))}; {machines}; "
-            f"{len(found)} of {len(of_table)} rows."
+            f"{len(found)} of {len(asked)} rows, one for each seed."
         )
         arms = list(dict.fromkeys(id(t.arm) for t in of_table))
         by_id = {id(task.arm): task.arm for task in of_table}
