@@ -2,10 +2,13 @@
 
     python -m bench.reproduce                      # every table, seed 0
     python -m bench.reproduce --only table5 --seeds 0 1 2
+    python -m bench.reproduce --rows docs/reproduce/rows.jsonl --seeds 0 1 2
+                                                   # only what that file lacks
     python -m bench.reproduce --page               # the pages of the rows that are there
 
 `qresafe reproduce all --preset embedded` measures the same rows one after the other. Here each
-runs in a process of its own, equal rows of several tables once, and its figures are kept.
+runs in a process of its own, equal rows of several tables once, and its figures are kept, in the
+storage and, beside the pages, in rows.jsonl: a row on each line with its day and machine.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bench.ablations import hardware
 from bench.processes import in_processes
@@ -35,6 +39,7 @@ from qresafe.stages.runtime import InProcessRuntime
 
 PRESET = "embedded"
 PAGES = Path(__file__).parents[1] / "docs" / "reproduce"
+ROWS = "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(table_names()), help="tables")
     parser.add_argument("--quantizers", nargs="*", default=[""], help="e.g. AQLM, or AQLM INT4")
     parser.add_argument("--storage", default=".bench/reproduce")
+    parser.add_argument("--rows", type=Path, help=f"take a {ROWS}'s as measured")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
     parser.add_argument("--page", action="store_true", help="write the pages of what is there")
     args = parser.parse_args()
     (Path(args.storage) / "rows").mkdir(parents=True, exist_ok=True)
+    if args.rows:
+        take(args.rows, args.storage)
     wanted = tasks(args.only, args.seeds, args.storage)
     if not args.page:
         place = Place(args.storage, args.device, time.time() + 60 * args.minutes)
@@ -150,7 +158,9 @@ def measure(task: Task, place: Place) -> None:
     except Exception:  # a defect in one row should not cost the others
         traceback.print_exc()
         return
-    kept = {"row": row.model_dump(), "hardware": hardware(place.device)}
+    today = date.today().isoformat()
+    on = [hardware(place.device)]
+    kept = {"row": row.model_dump(), "hardware": on, "between": [today, today]}
     write_text(path, json.dumps(kept))
     outcome = row.refused or f"{time.perf_counter() - began:.0f} s"
     print(f"seed {task.seed}: {task.table}, {row.title}: {outcome}", flush=True)
@@ -161,14 +171,28 @@ def kept_at(place: Place, task: Task) -> Path:
     return Path(place.storage) / "rows" / f"{task.key}.json"
 
 
-def measured_on(path: Path) -> str:
-    """Return the day on which a row's figures were written."""
-    return date.fromtimestamp(path.stat().st_mtime).isoformat()
+def take(file: Path, storage: str) -> None:
+    """Put the rows of a rows.jsonl among those measured, where these have none."""
+    (Path(storage) / "rows").mkdir(parents=True, exist_ok=True)
+    for line in file.read_text().splitlines():
+        kept = json.loads(line)
+        path = Path(storage) / "rows" / f"{kept.pop('key')}.json"
+        if not path.exists():
+            write_text(path, json.dumps(kept))
 
 
-def write_pages(wanted: Sequence[Task], storage: str) -> None:
-    """Write a page for each table with the rows that are there."""
-    PAGES.mkdir(exist_ok=True)
+def write_rows(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Put measured rows, by their keys, into a rows.jsonl, in the place of equals."""
+    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    held = {kept["key"]: kept for kept in old} | {
+        key: {"key": key, **kept} for key, kept in rows.items()
+    }
+    file.write_text("".join(json.dumps(held[key]) + "\n" for key in sorted(held)))
+
+
+def write_pages(wanted: Sequence[Task], storage: str, pages: Path = PAGES) -> None:
+    """Write a page for each table with the rows that are there, and the rows."""
+    pages.mkdir(exist_ok=True)
     place = Place(storage, "", 0.0)
     for name, group in itertools.groupby(sorted(wanted, key=lambda t: t.table), lambda t: t.table):
         of_table = list(group)
@@ -177,8 +201,9 @@ def write_pages(wanted: Sequence[Task], storage: str) -> None:
         if not found:
             continue
         rows = [FilledRow(**kept["row"] | {"title": task.arm.arm.title}) for task, kept in found]
-        machines = ", ".join(dict.fromkeys(kept["hardware"] for _, kept in found))
-        days = sorted({measured_on(kept_at(place, task)) for task, _ in found})
+        machines = ", ".join(dict.fromkeys(one for _, kept in found for one in kept["hardware"]))
+        write_rows({task.key: kept for task, kept in found}, pages / ROWS)
+        days = sorted({day for _, kept in found for day in kept["between"]})
         seeds = sorted({row.seed for row in rows})
         asked = [task for task in of_table if task.seed in seeds]
         about = (
@@ -191,8 +216,8 @@ def write_pages(wanted: Sequence[Task], storage: str) -> None:
         by_id = {id(task.arm): task.arm for task in of_table}
         text = page(paper_table(name), [by_id[i] for i in arms], rows, preset(PRESET), about)
         # A refusal names a file of the machine that it happened on.
-        (PAGES / f"{name}.md").write_text(text.replace(storage, "STORAGE"))
-        print(f"wrote {PAGES / name}.md: {len(found)} of {len(of_table)} rows")
+        (pages / f"{name}.md").write_text(text.replace(storage, "STORAGE"))
+        print(f"wrote {pages / name}.md: {len(found)} of {len(of_table)} rows")
 
 
 if __name__ == "__main__":
