@@ -110,7 +110,7 @@ def end_tree(head: subprocess.Popen[bytes]) -> None:
     """End the head and its children only: `ray stop` would end every cluster of this machine."""
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=5)
     for process in alive:
         process.kill()
     head.wait(timeout=20)

@@ -20,7 +20,7 @@ from tests.heads import ROOT, Cluster
 def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
     storage = cluster.folder / "store"
     options = ["--preset", "cpu-smoke", "--storage", str(storage), "--json"]
-    options += ["--set", "control=false"]
+    options += ["--set", "control=false", "--set", "resources.workers=1"]
     job = cluster.submit("ray_jobs.run_experiment", *options)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "SUCCEEDED" in job.stdout or "succeeded" in job.stdout

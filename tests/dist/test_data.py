@@ -80,15 +80,12 @@ def expected(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.T
     return read_table(made.path / FILE)
 
 
-def test_one_and_two_actors_give_the_completions_of_this_process(
+def test_two_actors_give_the_completions_of_this_process(
     cluster: RayRuntime, tmp_path: Path, tiny_llama: Path, expected: pa.Table
 ) -> None:
-    one = RayRuntime(ResourcesSpec(workers=1))
-    for folder, runtime in (("1", one), ("2", cluster)):
-        made = complete(tmp_path / folder, tiny_llama, runtime)
-        assert read_table(made.path / FILE).equals(expected)
-        assert made.manifest.counts["reused_parts"] == 0
-    one.close()
+    made = complete(tmp_path, tiny_llama, cluster)
+    assert read_table(made.path / FILE).equals(expected)
+    assert made.manifest.counts["reused_parts"] == 0
 
 
 @dataclass(frozen=True)
@@ -287,6 +284,6 @@ def test_a_killed_driver_is_continued(
     _, alive = psutil.wait_procs(engines, timeout=60)
     assert not alive, "the dead driver's engines live on"
 
-    made = complete(tmp_path, tiny_llama, cluster)
+    made = complete(tmp_path, tiny_llama, cluster)  # one actor's answers and two's
     assert read_table(made.path / FILE).equals(expected)
     assert 3 <= made.manifest.counts["reused_parts"] < 24, (tmp_path / "driver.log").read_text()

@@ -88,7 +88,8 @@ def dying(mark: Path, index: int, times: int, real: Any) -> Any:
     return make
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("times", [1, 3])
 def test_a_trial_whose_process_dies(
     tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:

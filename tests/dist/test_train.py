@@ -113,5 +113,5 @@ def test_two_workers_one_killed_equal_two_undisturbed(stage: int, tmp_path: Path
 def test_a_users_mistake_in_a_worker_comes_back_in_words(tmp_path: Path) -> None:
     spec: Any = patch_spec(lr=1e30, max_grad_norm=1e30, warmup_steps=0, through_grid=False)
     with pytest.raises(UserError, match=r"is (nan|inf) at step \d: lower patch\.lr") as caught:
-        train.run(TinyJob(spec), UPath(tmp_path), Counted(), ResourcesSpec(workers=2))
-    assert place_of(caught.value)["rank"] in (0, 1)
+        train.run(TinyJob(spec), UPath(tmp_path), Counted(), ResourcesSpec(workers=1))
+    assert place_of(caught.value)["rank"] == 0

@@ -140,7 +140,11 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("name", MEASURED)
+QUICK = ("even, float32", "words, factors")
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in MEASURED if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *LONG])
 def test_a_prediction_is_within_15_percent_of_the_real_stage(name: str, monkeypatch) -> None:
     size, case = MEASURED[name]
     monkeypatch.setattr("bench.plan_cases.SHAPES", SMALL)

@@ -16,6 +16,7 @@ ADVBENCH = Path(__file__).parents[3] / "shared" / "data" / "advbench" / "harmful
 
 
 @pytest.mark.data
+@pytest.mark.long
 @pytest.mark.skipif(not ADVBENCH.exists(), reason="needs ../shared/data/advbench")
 def test_520_prompts_through_w_q0_and_q(tmp_path: Path) -> None:
     few = {"harmful": 16, "benign": 8, "borderline": 8, "recombined": 8, "max_new_tokens": 16}
