@@ -2,34 +2,24 @@
 
     python -m bench.transfer                   # seed 0, test prompts: all tables
     python -m bench.transfer --only prompts    # AdvBench
-    python -m bench.transfer --only crossed    # fresh recombinations
 
 What a patch changes in the decoded weights, Q - Q0, is added to another quantized model of the same
 W and rounded to that one's grid: no training there. "Composed" adds what two patches of one Q0
 change, each trained on a part of the pairs. Every model is exported, reloaded and asked as usual.
 "Prompts" asks what none of our templates wrote: AdvBench, whose file is not part of the project.
-"Crossed" asks prompts that cross two test prompts of different kinds, and counts how often Q
-answers what W refuses, and refuses what W answers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.demo import AXES, Cell, Row, experiment_of, measure
-from qresafe.artifacts import write_text
+from bench.demo import Cell, Row, experiment_of, measure
 from qresafe.hf.checkpoint import QuantizedCheckpoint
-from qresafe.specs import PromptSetSpec
-from qresafe.stages.judge import FILE as VERDICTS
-from qresafe.stages.prompts import evaluation_prompts
-from qresafe.stages.recombine import recombine
-from qresafe.stages.runtime import read_table
 
 RISK_III = {"risk": "III"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -42,8 +32,7 @@ HALVES: dict[str, dict[str, Any]] = {  # of the pairs
     "borderline and benign pairs": {"harmful": 0},
 }
 ADVBENCH = Path(__file__).parents[2] / "shared" / "data" / "advbench" / "harmful_behaviors.csv"
-PARTS = ("models", "prompts", "crossed")
-CROSSED = 300  # prompts
+PARTS = ("models", "prompts")
 ASKED = ("attack_success", "compliance", "coherence")
 COLUMNS = ("attack_success", "over_refusal", "exact_match")
 
@@ -71,11 +60,6 @@ def main() -> None:
         print("|---|---|---|---|" + "---|" * len(ASKED))
         for seed in args.seeds:
             other_prompts(seed, args.advbench, args.storage)
-    if "crossed" in only:
-        print("| seed | n | W refuses | of these Q answers | W answers | of these Q refuses |")
-        print("|---|---|---|---|---|---|")
-        for seed in args.seeds:
-            crossed_prompts(seed, args.storage)
 
 
 def between_models(seed: int, split: str, storage: str) -> None:
@@ -117,34 +101,6 @@ def other_prompts(seed: int, advbench: Path, storage: str) -> None:
         cell = measure(asked, "AdvBench", arm, arm)
         shares = " | ".join(f"{100 * (cell.measures[name] or 0):.1f}" for name in ASKED)
         print(f"| {seed} | AdvBench | {cell.n['attack_success']} | {arm} | {shares} |", flush=True)
-
-
-def crossed_prompts(seed: int, storage: str) -> None:
-    """Ask W and Q fresh recombinations of the test prompts, and compare answer by answer."""
-    rows = evaluation_prompts([PromptSetSpec(axis=axis) for axis in AXES]).to_pylist()
-    texts = {axis: [row["prompt"] for row in rows if row["axis"] == axis] for axis in AXES}
-    file = Path(storage, f"crossed-seed{seed}.jsonl")
-    lines = [json.dumps({"prompt": text}) for text in recombine(texts, CROSSED, seed)]
-    write_text(file, "\n".join(lines) + "\n")
-    prompts = [{"benchmark": "prompts", "axis": "borderline", "path": str(file)}]
-    quantize = next(iter(MODELS.values()))
-    asked = made_of({"quantize": quantize}, seed, "test", storage, {"prompts": prompts})
-    w, q = (outcomes(asked, arm) for arm in ("W", "Q"))
-    refused = [name for name, outcome in w.items() if outcome == "refused"]
-    answered = [name for name, outcome in w.items() if outcome == "complied"]
-    turned = sum(q[name] == "complied" for name in refused)
-    lost = sum(q[name] == "refused" for name in answered)
-    print(
-        f"| {seed} | {len(w)} | {len(refused)} | {turned} ({turned / len(refused):.1%}) | "
-        f"{len(answered)} | {lost} ({lost / len(answered):.1%}) |",
-        flush=True,
-    )
-
-
-def outcomes(asked: Any, arm: str) -> dict[str, str]:
-    """Return prompt id -> what the judge `refusal` says of an arm's answer."""
-    rows = read_table(asked.verdicts(arm).path / VERDICTS).to_pylist()
-    return {row["prompt_id"]: row["outcome"] for row in rows if row["judge"] == "refusal"}
 
 
 def made_of(

@@ -258,7 +258,7 @@ def test_gpus_that_are_not_there(refused: Refused) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("command", ["quantize", "generate"])
+@pytest.mark.parametrize("command", [pytest.param("quantize", marks=pytest.mark.long), "generate"])
 def test_more_workers_than_the_cluster_has_room_for(refused: Refused, command: str) -> None:
     text = refused("resources.workers=1", "resources.gpus_per_worker=4", command=command)
     assert "GPUs" in text

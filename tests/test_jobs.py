@@ -14,13 +14,15 @@ import pytest
 from ray_jobs.entry import job_experiment
 from tests.heads import ROOT, Cluster
 
+SMOKE = ["--preset", "cpu-smoke", "--json"]
+SMOKE += ["--set", "control=false", "--set", "resources.workers=1"]
+
 
 @pytest.mark.ray
 @pytest.mark.timeout(560)
 def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
     storage = cluster.folder / "store"
-    options = ["--preset", "cpu-smoke", "--storage", str(storage), "--json"]
-    options += ["--set", "control=false", "--set", "resources.workers=1"]
+    options = [*SMOKE, "--storage", str(storage)]
     job = cluster.submit("ray_jobs.run_experiment", *options)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "SUCCEEDED" in job.stdout or "succeeded" in job.stdout
@@ -31,11 +33,18 @@ def test_a_whole_experiment_as_a_job(cluster: Cluster) -> None:
     assert [arm["label"] for arm in arms] == ["W", "Q0", "Q", "adapter"]
     assert str(report) in job.stdout
 
-    # A second job finds everything finished.
-    again = cluster.submit("ray_jobs.run_stage", "--stage", "export", *options)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert '"reused": true' in again.stdout
-    assert '"reused": false' not in again.stdout
+
+@pytest.mark.ray
+@pytest.mark.timeout(560)
+@pytest.mark.long
+def test_a_second_job_finds_everything_finished(cluster: Cluster) -> None:
+    options = ["--stage", "export", *SMOKE, "--storage", str(cluster.folder / "twice")]
+    jobs = [cluster.submit("ray_jobs.run_stage", *options) for _ in range(2)]
+    for job in jobs:
+        assert job.returncode == 0, job.stdout + job.stderr
+    assert '"reused": false' in jobs[0].stdout
+    assert '"reused": true' in jobs[1].stdout
+    assert '"reused": false' not in jobs[1].stdout
 
 
 SEARCH = {

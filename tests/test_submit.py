@@ -250,6 +250,7 @@ def test_jobs_are_sent_followed_and_stopped(cluster: Cluster) -> None:
     assert f"ResourceError no job 'nobody' at {cluster.address}" in said
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_the_command_ends_with_the_jobs_code(cluster: Cluster) -> None:
     command = ["-m", "qresafe.cli", "submit", "cpu-smoke", "--address", cluster.address]

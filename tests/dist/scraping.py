@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import ray
 
@@ -30,6 +32,28 @@ def scrape_until(enough: Callable[[Scraped], bool], *labels: str, seconds: float
     while not enough(found := scrape(*labels)) and time.monotonic() < deadline:
         time.sleep(0.3)
     return found
+
+
+@contextmanager
+def watching(name: str, *labels: str) -> Iterator[list[float]]:
+    """Yield a list that gets what a gauge stands at while the block runs, three times a second.
+
+    Ray forgets a gauge two seconds after the process that set it has ended.
+    """
+    seen: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            seen.append(total(scrape(*labels), name))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join(30)
 
 
 def scrape(*labels: str) -> Scraped:

@@ -63,6 +63,7 @@ def guard(tiny_llama: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_two_workers_give_the_verdicts_of_this_process(guard: Path, tmp_path: Path) -> None:
     # `strongreject` reads probabilities, so that every row has a verdict of its own.
     grader = ClassifierSpec.model_validate(
@@ -117,6 +118,7 @@ def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     pytest.fail("`transformers serve` does not answer")
 
 
+@pytest.mark.long
 def test_a_real_model_server_is_asked(
     model_server: str, guard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

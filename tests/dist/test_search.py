@@ -123,6 +123,7 @@ def test_a_trial_on_train_workers_is_stopped_like_any_other(
     assert untimed(tables[0]) == untimed(tables[1])
 
 
+@pytest.mark.long
 def test_more_than_the_cluster_has_is_said_before_the_first_trial(
     tmp_path: Path, tiny_llama: Path
 ) -> None:

@@ -134,6 +134,7 @@ def both(
     return list(made)
 
 
+@pytest.mark.long
 def test_pools_overlap_and_share_no_process(cluster: RayRuntime, tmp_path: Path) -> None:
     teacher, student = both(cluster, tmp_path, 5, seconds=0.1)
     for table in (teacher, student):

@@ -21,7 +21,6 @@ from qresafe.stages.patch_loop import train_patch
 
 FILES = ("adapter.safetensors", "masks.safetensors", "codes.safetensors", "delta.safetensors")
 SHARDED = [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
-LONG = [pytest.param(*each, marks=pytest.mark.long) for each in SHARDED[:-1]]
 
 
 class Cut(Silent):
@@ -70,7 +69,8 @@ def one_rank(rank: int, stage: int, offload: str, folder: str) -> None:
         train(offload, "cut", Silent())
 
 
-@pytest.mark.parametrize(("stage", "offload"), [*LONG, SHARDED[-1]])
+@pytest.mark.long
+@pytest.mark.parametrize(("stage", "offload"), SHARDED)
 def test_two_workers_train_the_same_bytes(stage: int, offload: str, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     given = (stage, offload, str(tmp_path))
