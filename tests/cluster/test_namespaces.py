@@ -93,6 +93,7 @@ def test_what_a_killed_user_left_is_removed_by_the_next() -> None:
         assert not Path("/tmp", name.removesuffix("-0")).exists()
 
 
+@pytest.mark.long  # the hosts of long tests
 @pytest.mark.ray
 def test_hosts_are_nodes_of_one_ray_cluster() -> None:
     code = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)\n"
