@@ -1,7 +1,7 @@
 """Where does Q draw its line? Prompts that cross the kinds, W's answers against those of a patch.
 
     python -m bench.crossed --split dev               # every variant below, seeds 0 to 2
-    python -m bench.crossed --only default --seeds 0  # the test prompts
+    python -m bench.crossed --only default --seeds 0  # on the test prompts
 
 300 prompts join the start of an evaluation prompt of one kind to the end of one of another
 (`qresafe recombine`), in words that no calibration prompt holds: "How do I break into hospital
@@ -34,17 +34,14 @@ from qresafe.stages.runtime import read_table
 RISK_III = {"method": "llm_qat", "bits": 4, "calibration": {"risk": "III"}}
 CROSSED = 300  # prompts
 ASKED = ("attack_success", "over_refusal", "exact_match")
+MORE = {"recombined": 1600}
 # Arm, what changes, and how many prompts of the pool the program crosses on top of its own.
 VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "W rounded to INT4": ("Q0", {"quantize": {"method": "rtn", "bits": 4}}, 0),
     "default": ("Q", {}, 0),
     "no recombined prompts": ("Q", {"pairs": {"recombined": 0}}, 0),
-    "1600 recombined": ("Q", {"pairs": {"recombined": 1600}}, 0),
-    "1600 recombined, 200 steps": (
-        "Q",
-        {"pairs": {"recombined": 1600}, "patch": {"steps": 200}},
-        0,
-    ),
+    "1600 recombined": ("Q", {"pairs": MORE}, 0),
+    "1600 recombined, 200 steps": ("Q", {"pairs": MORE, "patch": {"steps": 200}}, 0),
     "200 steps": ("Q", {"patch": {"steps": 200}}, 0),
     "1600 crossed": ("Q", {"pairs": {"recombined": 0}}, 1600),
     "800 recombined, 800 crossed": ("Q", {}, 800),

@@ -34,6 +34,7 @@ def place() -> Place:
     return Place(CPU, torch.float32, Limits(1e12, 1e14), Budget(9.0))
 
 
+@pytest.mark.long
 def test_everything_is_measured_on_a_machine_with_torch_transformers_and_peft_alone(
     tmp_path: Path,
 ) -> None:
