@@ -15,6 +15,7 @@ import pytest
 # Killed as soon as this many stages have finished, so within the next one: what Q0 answers, and
 # the patch.
 FEW = (3, 8)
+LONG = [pytest.mark.long, pytest.mark.timeout(1800)]  # every stage: fifteen starts
 MINUTES = 4
 
 
@@ -59,7 +60,7 @@ def results(storage: Path) -> dict[str, bytes]:
 
 @pytest.mark.ray  # not for Ray, but for its minutes
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [FEW, pytest.param(range(13), marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [FEW, pytest.param(range(13), marks=LONG)])
 def test_killed_in_any_stage_the_result_is_the_same(kills: Sequence[int], tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(undisturbed).wait(60 * MINUTES) == 0
