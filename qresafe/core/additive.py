@@ -22,7 +22,9 @@ from torch import Tensor
 MOVE_BEAM, MOVE_SWEEPS = 4, 1
 ENCODE_BEAM, ENCODE_SWEEPS = 16, 2
 HASH = 0x5851F42D4C957F2D  # a multiplier that spreads codes over 64 bits
-CHUNK = 1 << 24  # scores (group, hypothesis, code) that are held at a time
+# Scores (group, hypothesis, code) that are held at a time: on a GPU so many that it is busy, on a
+# CPU what stays in its cache.
+CHUNK, CPU_CHUNK = 1 << 24, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def decode_groups(codebooks: Tensor, indices: Tensor) -> Tensor:
 def residual_codes(targets: Tensor, codebooks: Tensor) -> Tensor:
     """Return indices (n, M) chosen one codebook after the other, each nearest to what is left."""
     found = targets.new_zeros(len(targets), len(codebooks), dtype=torch.long)
-    for piece in _pieces(len(targets), codebooks.shape[1]):
+    for piece in _pieces(targets, codebooks.shape[1]):
         left = targets[piece]
         for m, book in enumerate(codebooks):
             found[piece, m] = (book.square().sum(1) - 2 * left @ book.T).argmin(1)
@@ -170,7 +172,7 @@ def search(targets: Tensor, start: Tensor, codebooks: Tensor, beam: int, sweeps:
     """
     found = start.clone()
     steps = list(range(len(codebooks))) * (sweeps if len(codebooks) > 1 else 1)
-    for piece in _pieces(len(targets), beam * codebooks.shape[1]):
+    for piece in _pieces(targets, beam * codebooks.shape[1]):
         found[piece] = _search(targets[piece], start[piece], codebooks, beam, steps)
     return found
 
@@ -224,6 +226,7 @@ def _distance(targets: Tensor, indices: Tensor, codebooks: Tensor) -> Tensor:
     return (targets - decode_groups(codebooks, indices)).square().sum(1)
 
 
-def _pieces(count: int, scores: int) -> list[slice]:
-    height = max(CHUNK // scores, 1)
+def _pieces(targets: Tensor, scores: int) -> list[slice]:
+    count = len(targets)
+    height = max((CPU_CHUNK if targets.device.type == "cpu" else CHUNK) // scores, 1)
     return [slice(at, min(at + height, count)) for at in range(0, count, height)]
