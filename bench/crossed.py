@@ -34,16 +34,28 @@ from qresafe.stages.runtime import read_table
 RISK_III = {"method": "llm_qat", "bits": 4, "calibration": {"risk": "III"}}
 CROSSED = 300  # prompts
 ASKED = ("attack_success", "over_refusal", "exact_match")
-MORE = {"recombined": 1600}
+
+
+def budget(recombined: int, steps: int = 100, **patch: Any) -> dict[str, Any]:
+    """Return what changes with so many recombined prompts and steps."""
+    changed = {"steps": steps} if steps != 100 else {}
+    return {"pairs": {"recombined": recombined}} | ({"patch": changed | patch} if changed else {})
+
+
+UNMASKED = {"mask": {"tau": 1.0}, "rank": 64, "alpha": 128.0}
 # Arm, what changes, and how many prompts of the pool the program crosses on top of its own.
 VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "W rounded to INT4": ("Q0", {"quantize": {"method": "rtn", "bits": 4}}, 0),
     "default": ("Q", {}, 0),
-    "no recombined prompts": ("Q", {"pairs": {"recombined": 0}}, 0),
-    "1600 recombined": ("Q", {"pairs": MORE}, 0),
-    "1600 recombined, 200 steps": ("Q", {"pairs": MORE, "patch": {"steps": 200}}, 0),
+    "no recombined prompts": ("Q", budget(0), 0),
+    "1600 recombined": ("Q", budget(1600), 0),
+    "1600 recombined, 200 steps": ("Q", budget(1600, 200), 0),
+    "3200 recombined, 400 steps": ("Q", budget(3200, 400), 0),
+    "6400 recombined, 800 steps": ("Q", budget(6400, 800), 0),
+    "6400 recombined, 200 steps": ("Q", budget(6400, 200), 0),
     "200 steps": ("Q", {"patch": {"steps": 200}}, 0),
-    "1600 crossed": ("Q", {"pairs": {"recombined": 0}}, 1600),
+    "1600 recombined, 200 steps, no mask": ("Q", budget(1600, 200, **UNMASKED), 0),
+    "1600 crossed": ("Q", budget(0), 1600),
     "800 recombined, 800 crossed": ("Q", {}, 800),
     "800 recombined, 1600 crossed, 200 steps": ("Q", {"patch": {"steps": 200}}, 1600),
 }
