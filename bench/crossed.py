@@ -28,7 +28,7 @@ from qresafe.artifacts import content_key, write_text
 from qresafe.specs import PairsSpec, PromptSetSpec
 from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
-from qresafe.stages.recombine import recombine
+from qresafe.stages.recombine import by_kind, recombine
 from qresafe.stages.runtime import read_table
 
 RISK_III = {"method": "llm_qat", "bits": 4, "calibration": {"risk": "III"}}
@@ -53,9 +53,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "3200 recombined, 400 steps": ("Q", budget(3200, 400), 0),
     "6400 recombined, 800 steps": ("Q", budget(6400, 800), 0),
     "6400 recombined, 200 steps": ("Q", budget(6400, 200), 0),
+    "4800 of the other kinds, 6400 recombined, 800 steps": (
+        "Q",
+        {"pairs": dict.fromkeys(AXES, 1600) | {"recombined": 6400}, "patch": {"steps": 800}},
+        0,
+    ),
     "200 steps": ("Q", {"patch": {"steps": 200}}, 0),
     "1600 recombined, 200 steps, no mask": ("Q", budget(1600, 200, **UNMASKED), 0),
     "1600 crossed": ("Q", budget(0), 1600),
+    "6400 crossed, 800 steps": ("Q", budget(0, 800), 6400),
     "800 recombined, 800 crossed": ("Q", {}, 800),
     "800 recombined, 1600 crossed, 200 steps": ("Q", {"patch": {"steps": 200}}, 1600),
 }
@@ -158,31 +164,29 @@ def outcomes(made: Any, arm: str) -> dict[str, str]:
 
 def crossings(usual: list[dict[str, str]], file: Path, seed: int) -> Path:
     """Write the crossed evaluation prompts to a file and return it."""
-    rows = evaluation_prompts([PromptSetSpec(**one) for one in usual]).to_pylist()
-    write_prompts(file, [("borderline", text) for text in recombine(by_axis(rows), CROSSED, seed)])
+    rows = kinds_of(evaluation_prompts([PromptSetSpec(**one) for one in usual]))
+    made = recombine(by_kind(rows), CROSSED, seed)
+    write_prompts(file, [("borderline", text) for text in made])
     return file
 
 
 def with_crossings(pool: pa.Table, file: Path, count: int, seed: int) -> Path:
     """Write a pool and `count` crossings of its prompts to a file and return it."""
-    rows = pool.to_pylist()
-    own = [row for row in rows if row["axis"] != "recombined"]
-    made = [("recombined", text) for text in recombine(by_axis(own), count, seed)]
-    write_prompts(file, [(row["axis"], row["prompt"]) for row in rows] + made)
+    rows = kinds_of(pool)
+    own = [(kind, text) for kind, text in rows if kind != "recombined"]
+    made = recombine(by_kind(own), count, seed)
+    write_prompts(file, rows + [("recombined", text) for text in made])
     return file
 
 
-def by_axis(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Return axis -> its prompts."""
-    return {
-        axis: [row["prompt"] for row in rows if row["axis"] == axis]
-        for axis in dict.fromkeys(row["axis"] for row in rows)
-    }
+def kinds_of(prompts: pa.Table) -> list[tuple[str, str]]:
+    """Return the (kind, prompt) of a table's rows."""
+    return [(row["axis"], row["prompt"]) for row in prompts.to_pylist()]
 
 
 def write_prompts(file: Path, rows: list[tuple[str, str]]) -> None:
-    """Write (axis, prompt) as a prompt file."""
-    lines = [json.dumps({"prompt": text, "axis": axis}) for axis, text in rows]
+    """Write (kind, prompt) as a prompt file."""
+    lines = [json.dumps({"prompt": text, "axis": kind}) for kind, text in rows]
     write_text(file, "\n".join(lines) + "\n")
 
 

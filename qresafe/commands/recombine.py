@@ -34,6 +34,7 @@ def recombine(
     """
     from qresafe.artifacts import write_text
     from qresafe.stages.prompts import calibration_prompts
+    from qresafe.stages.recombine import by_kind
     from qresafe.stages.recombine import recombine as crossed
 
     if out.suffix != ".jsonl":
@@ -43,9 +44,7 @@ def recombine(
     changes = {"path": source, "prompts": ()} if is_file else {"recombined": 0}
     table = calibration_prompts(spec.model_copy(update=changes))
     rows = list(zip(table["axis"].to_pylist(), table["prompt"].to_pylist(), strict=True))
-    kinds = dict.fromkeys(kind for kind, _ in rows)
-    texts = {kind: [text for other, text in rows if other == kind] for kind in kinds}
-    rows += [("recombined", text) for text in crossed(texts, count, seed)]
+    rows += [("recombined", text) for text in crossed(by_kind(rows), count, seed)]
     lines = [json.dumps({"prompt": text, "axis": kind}, ensure_ascii=False) for kind, text in rows]
     write_text(out, "\n".join(lines) + "\n")
     typer.echo(f"{out}: {len(rows)} prompts, {count} of them recombined; use it as pairs.path")

@@ -7,7 +7,7 @@ Prompts that cross the two, answered by W itself, show where W draws it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import islice
 
 from qresafe.errors import DataError
@@ -52,6 +52,14 @@ def recombine(texts: Mapping[str, Sequence[str]], count: int, seed: int = 0) -> 
         what = f"only {len(made)} of {count} recombined prompts could be made"
         raise DataError(what, remedy=f"ask for {len(made)}, or give more prompts of each kind")
     return made
+
+
+def by_kind(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Return kind -> its prompts, of rows (kind, prompt)."""
+    texts: dict[str, list[str]] = {}
+    for kind, prompt in rows:
+        texts.setdefault(kind, []).append(prompt)
+    return texts
 
 
 def cross(start: str, end: str, of_start: Set[str], of_end: Set[str]) -> str | None:
