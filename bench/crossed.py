@@ -42,6 +42,7 @@ def budget(recombined: int, steps: int = 100, **patch: Any) -> dict[str, Any]:
     return {"pairs": {"recombined": recombined}} | ({"patch": changed | patch} if changed else {})
 
 
+FALLING = [{"at": at, "lr": 5e-4 * (1 - at / 200)} for at in range(50, 200, 10)]
 UNMASKED = {"mask": {"tau": 1.0}, "rank": 64, "alpha": 128.0}
 # Arm, what changes, and how many prompts of the pool the program crosses on top of its own.
 VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -53,13 +54,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "3200 recombined, 400 steps": ("Q", budget(3200, 400), 0),
     "6400 recombined, 800 steps": ("Q", budget(6400, 800), 0),
     "6400 recombined, 200 steps": ("Q", budget(6400, 200), 0),
-    "4800 of the other kinds, 6400 recombined, 800 steps": (
+    "demo-thorough": (
         "Q",
         {"pairs": dict.fromkeys(AXES, 1600) | {"recombined": 6400}, "patch": {"steps": 800}},
         0,
     ),
     "200 steps": ("Q", {"patch": {"steps": 200}}, 0),
     "1600 recombined, 200 steps, no mask": ("Q", budget(1600, 200, **UNMASKED), 0),
+    "1600 recombined, 200 steps, the rate falls": ("Q", budget(1600, 200, changes=FALLING), 0),
+    "1600 recombined, 200 steps, twice the rate": ("Q", budget(1600, 200, lr=1e-3), 0),
     "1600 crossed": ("Q", budget(0), 1600),
     "6400 crossed, 800 steps": ("Q", budget(0, 800), 6400),
     "800 recombined, 800 crossed": ("Q", {}, 800),

@@ -187,7 +187,7 @@ def test_every_preset_loads(name: str) -> None:
 
 
 def test_the_presets_of_the_readme_are_packaged() -> None:
-    wanted = {"cpu-smoke", "demo", "demo-int2"}
+    wanted = {"cpu-smoke", "demo", "demo-int2", "demo-thorough"}
     wanted |= {"llama2-7b-chat-int4-4xa100", "llama3-8b-instruct-nf4"}
     wanted |= {"llama2-7b-chat-int4-8xh100", "llama3-8b-instruct-nf4-8xh100"}
     wanted |= {"llama2-70b-chat-int4-2x8xh100"}
@@ -204,6 +204,8 @@ def test_presets_say_what_their_names_say() -> None:
     assert load_experiment("llama3-8b-instruct-nf4").quantize == BnbSpec(format="nf4")
     assert load_experiment("demo-int2").quantize.bits == 2
     assert load_experiment("demo").quantize == ExperimentSpec().quantize
+    assert load_experiment("demo-thorough").quantize == ExperimentSpec().quantize
+    assert load_experiment("demo-thorough").patch.steps == 800
 
 
 def test_an_unknown_preset_offers_the_nearest() -> None:
