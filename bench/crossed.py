@@ -64,7 +64,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "1600 recombined, 200 steps, the rate falls": ("Q", budget(1600, 200, changes=FALLING), 0),
     "1600 recombined, 200 steps, twice the rate": ("Q", budget(1600, 200, lr=1e-3), 0),
     "1600 crossed": ("Q", budget(0), 1600),
-    "6400 crossed, 800 steps": ("Q", budget(0, 800), 6400),
     "800 recombined, 800 crossed": ("Q", {}, 800),
     "800 recombined, 1600 crossed, 200 steps": ("Q", {"patch": {"steps": 200}}, 1600),
 }
