@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,14 @@ def batches(count: int) -> list[Batch]:
 def workers_named(title: str) -> list[psutil.Process]:
     """Our own cluster's worker processes: other clusters may run on this machine."""
     found = psutil.Process().children(recursive=True)
-    return [process for process in found if title in " ".join(process.cmdline())]
+    return [process for process in found if title in command(process)]
+
+
+def command(process: psutil.Process) -> str:
+    """Return a process's command line: none of one that has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
@@ -277,7 +285,7 @@ def test_a_killed_driver_is_continued(
     family = psutil.Process(driver.pid)
     while driver.poll() is None and len(list(tmp_path.rglob("part-*.parquet"))) < 3:
         time.sleep(0.01)
-    engines = [p for p in family.children(recursive=True) if "Engine" in " ".join(p.cmdline())]
+    engines = [p for p in family.children(recursive=True) if "Engine" in command(p)]
     driver.kill()
     driver.wait()
     assert engines
