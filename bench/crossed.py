@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from bench.demo import AXES, Row, experiment_of
 from qresafe.artifacts import content_key, write_text
+from qresafe.presets import load_experiment
 from qresafe.specs import PairsSpec, PromptSetSpec
 from qresafe.stages.judge import FILE as VERDICTS
 from qresafe.stages.prompts import calibration_prompts, evaluation_prompts
@@ -36,12 +37,14 @@ CROSSED = 300  # prompts
 ASKED = ("attack_success", "over_refusal", "exact_match")
 
 
-def budget(recombined: int, steps: int = 100, **patch: Any) -> dict[str, Any]:
-    """Return what changes with so many recombined prompts and steps."""
-    changed = {"steps": steps} if steps != 100 else {}
-    return {"pairs": {"recombined": recombined}} | ({"patch": changed | patch} if changed else {})
+def budget(recombined: int, **patch: Any) -> dict[str, Any]:
+    """Return what changes with so many recombined prompts and these settings of the patch."""
+    return {"pairs": {"recombined": recombined}} | ({"patch": patch} if patch else {})
 
 
+THOROUGH = load_experiment("demo-thorough").model_dump(
+    include={"pairs", "patch"}, exclude_defaults=True
+)
 FALLING = [{"at": at, "lr": 5e-4 * (1 - at / 200)} for at in range(50, 200, 10)]
 UNMASKED = {"mask": {"tau": 1.0}, "rank": 64, "alpha": 128.0}
 # Arm, what changes, and how many prompts of the pool the program crosses on top of its own.
@@ -50,19 +53,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "default": ("Q", {}, 0),
     "no recombined prompts": ("Q", budget(0), 0),
     "1600 recombined": ("Q", budget(1600), 0),
-    "1600 recombined, 200 steps": ("Q", budget(1600, 200), 0),
-    "3200 recombined, 400 steps": ("Q", budget(3200, 400), 0),
-    "6400 recombined, 800 steps": ("Q", budget(6400, 800), 0),
-    "6400 recombined, 200 steps": ("Q", budget(6400, 200), 0),
-    "demo-thorough": (
+    "1600 recombined, 200 steps": ("Q", budget(1600, steps=200), 0),
+    "3200 recombined, 400 steps": ("Q", budget(3200, steps=400), 0),
+    "6400 recombined, 800 steps": ("Q", budget(6400, steps=800), 0),
+    "6400 recombined, 200 steps": ("Q", budget(6400, steps=200), 0),
+    "demo-thorough": ("Q", THOROUGH, 0),
+    "200 steps": ("Q", {"patch": {"steps": 200}}, 0),
+    "1600 recombined, 200 steps, no mask, rank 64": ("Q", budget(1600, steps=200, **UNMASKED), 0),
+    "1600 recombined, 200 steps, the rate falls": (
         "Q",
-        {"pairs": dict.fromkeys(AXES, 1600) | {"recombined": 6400}, "patch": {"steps": 800}},
+        budget(1600, steps=200, changes=FALLING),
         0,
     ),
-    "200 steps": ("Q", {"patch": {"steps": 200}}, 0),
-    "1600 recombined, 200 steps, no mask": ("Q", budget(1600, 200, **UNMASKED), 0),
-    "1600 recombined, 200 steps, the rate falls": ("Q", budget(1600, 200, changes=FALLING), 0),
-    "1600 recombined, 200 steps, twice the rate": ("Q", budget(1600, 200, lr=1e-3), 0),
+    "1600 recombined, 200 steps, twice the rate": ("Q", budget(1600, steps=200, lr=1e-3), 0),
     "1600 crossed": ("Q", budget(0), 1600),
     "800 recombined, 800 crossed": ("Q", {}, 800),
     "800 recombined, 1600 crossed, 200 steps": ("Q", {"patch": {"steps": 200}}, 1600),
