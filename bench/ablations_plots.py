@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ PANELS = {
     "exact_match": "exact match, %",
     "codes_changed": "codes changed, %",
 }
-PAINTS = ("#c0392b", "#2471a3", "#1e8449", "#b9770e")
+PAINTS = ("#c0392b", "#2471a3", "#1e8449", "#b9770e", "#6c3483")
 LOGARITHMIC = ("tau", "rank", "beta")
 
 
@@ -34,7 +35,7 @@ def curve_plot(rows: Sequence[Found], name: str, file: Path) -> None:
         lines.setdefault(line, {}).setdefault(float(value), []).append(one)
     figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 2.9))
     for panel, (measure, title) in zip(panels, PANELS.items(), strict=True):
-        for (line, points), paint in zip(lines.items(), PAINTS, strict=False):
+        for (line, points), paint in zip(lines.items(), cycle(PAINTS), strict=False):
             at = sorted(points)
             each = [[_value(one, measure) for one in points[x]] for x in at]
             means = [sum(values) / len(values) for values in each]
@@ -56,7 +57,7 @@ def races_plot(races: Mapping[str, Sequence[Found]], file: Path) -> None:
     """Draw attack success over the steps of each race, a line per seed."""
     figure, panels = plt.subplots(1, len(races), figsize=(12, 2.6), sharey=True, squeeze=False)
     for panel, (label, rows) in zip(panels[0], races.items(), strict=True):
-        for one, paint in zip(rows, PAINTS, strict=False):
+        for one, paint in zip(rows, cycle(PAINTS), strict=False):
             steps, _, attacks = zip(*one.curve, strict=True)
             shares = [100 * share for share in attacks]
             panel.plot(steps, shares, color=paint, linewidth=1.2, label=f"seed {one.row.seed}")

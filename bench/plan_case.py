@@ -57,6 +57,7 @@ def pairs(rows: int, answer: int, vocabulary: int, top_k: int) -> pa.Table:
 
 def patch_step(case: dict[str, Any], device: str) -> Callable[[], None]:
     """Return what takes the patch loop through its first steps, with two re-maskings."""
+    from qresafe.stages.flip_loop import FlipLoop
     from qresafe.stages.patch_data import Pool
     from qresafe.stages.patch_loop import PatchInputs, PatchLoop
     from qresafe.stages.train_engine import LocalEngine
@@ -68,7 +69,8 @@ def patch_step(case: dict[str, Any], device: str) -> Callable[[], None]:
     given = [table["prompt_id"], *2 * [pa.array([-900.0] * len(table))]]
     reference = pa.table(given, schema=records.REFERENCE_LOGPS)
     pool = Pool(table, reference, spec.objective)
-    loop = PatchLoop(LocalEngine(device), PatchInputs(model, layers, pool), spec)
+    kind = FlipLoop if spec.method == "flips" else PatchLoop
+    loop = kind(LocalEngine(device), PatchInputs(model, layers, pool), spec)
     del model, layers
 
     def run() -> None:

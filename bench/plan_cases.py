@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qresafe.planning import memory
+from qresafe.planning.flipping import flips
 from qresafe.planning.memory import Batch, Parts, Patching
 from qresafe.planning.shapes import ModelShape, from_config
 from qresafe.specs import PatchSpec
@@ -53,6 +54,12 @@ def patch_case(shape: str, answer: int = 64, rows: int = 4, **changes: Any) -> d
     }
 
 
+def flips_case(shape: str, rows: int = 4, **changes: Any) -> dict[str, Any]:
+    """Return a case that takes two rounds of code flips."""
+    sizes = {"rows": rows, "probe_rows": rows, "at_once": 2}
+    return patch_case(shape, rows=rows, method="flips", flips=sizes, **changes)
+
+
 def generate_case(shape: str, dtype: str = "float32") -> dict[str, Any]:
     """Return a case that answers one batch of prompts."""
     return {"stage": "generate", "shape": shape, "dtype": dtype, "rows": 64, "answer": 128}
@@ -88,6 +95,10 @@ CASES: dict[str, dict[str, Any]] = {
         "tall", answer=128, on="factors", through_grid=False, gradient_checkpointing=True
     ),
     "patch, four micro-batches": patch_case("even", rows=8, micro_batch_size=2),
+    "flips": flips_case("even"),
+    "flips, bfloat16": flips_case("wide", dtype="bfloat16"),
+    "flips, many blocks": flips_case("tall", answer=128),
+    "flips, many blocks, recomputed": flips_case("tall", answer=128, gradient_checkpointing=True),
     "generate": generate_case("even"),
     "generate, grouped heads": generate_case("wide"),
     "generate, bfloat16": generate_case("deep", "bfloat16"),
@@ -139,4 +150,6 @@ def _patch(case: dict[str, Any], shape: ModelShape, kind: Any) -> Parts:
         checkpointing=spec.gradient_checkpointing,
         device=kind,
     )
+    if spec.method == "flips":
+        return flips(shape, how, batch)
     return memory.patch(shape, how, batch, Batch(rows, columns, rows * answer))

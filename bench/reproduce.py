@@ -65,11 +65,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and until when rows are measured."""
+    """Where and until when rows are measured, and whether their hours mean anything."""
 
     storage: str
     device: str
     last_start: float
+    timed: bool = True
 
 
 def main() -> None:
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
+    parser.add_argument("--untimed", action="store_true", help="no hours: other work runs here")
     parser.add_argument("--page", action="store_true", help="write the pages of what is there")
     args = parser.parse_args()
     (Path(args.storage) / "rows").mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,8 @@ def main() -> None:
         take(args.rows, args.storage)
     wanted = tasks(args.only, args.seeds, args.storage)
     if not args.page:
-        place = Place(args.storage, args.device, time.time() + 60 * args.minutes)
+        last_start = time.time() + 60 * args.minutes
+        place = Place(args.storage, args.device, last_start, timed=not args.untimed)
         begins = tuple(args.quantizers)
         chosen = [task for task in wanted if task.arm.arm.quantizer.startswith(begins)]
         measure_all(chosen, place, args.processes)
@@ -160,6 +163,8 @@ def measure(task: Task, place: Place) -> None:
         return
     today = date.today().isoformat()
     on = [hardware(place.device)]
+    figures = {cell: one for cell, one in row.figures.items() if place.timed or cell != "hours"}
+    row = row.model_copy(update={"figures": figures})
     kept = {"row": row.model_dump(), "hardware": on, "between": [today, today]}
     write_text(path, json.dumps(kept))
     outcome = row.refused or f"{time.perf_counter() - began:.0f} s"

@@ -6,17 +6,20 @@ import json
 import shlex
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qresafe.commands.options import AsJson, Overrides, Storage, Workers, with_shortcuts
+from qresafe.errors import SpecError
 
 if TYPE_CHECKING:
     from qresafe.planning.hardware import Cluster
     from qresafe.planning.rows import Need
     from qresafe.specs import ExperimentSpec
     from qresafe.stages.reproduce.filled import FilledRow
+    from qresafe.stages.reproduce.mt_bench import MtBench
     from qresafe.stages.reproduce.plan import PlannedArm
 
 ALL = "all"
@@ -40,6 +43,21 @@ def reproduce(
         str | None,
         typer.Option(metavar="4xA100-80", help="What --dry-run plans for; default: what is here."),
     ] = None,
+    mt_bench: Annotated[
+        Path | None,
+        typer.Option(help="FastChat's question.jsonl: measure Table 5's MT-Bench too, by --judge."),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="Its reference answers to maths, reasoning and coding (gpt-4.jsonl)."),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Who grades MT-Bench: its name at the endpoint, e.g. gpt-4.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="The judge's OpenAI-compatible server; the key is OPENAI_API_KEY's."),
+    ] = None,
     overrides: Overrides = None,
     workers: Workers = None,
     storage: Storage = None,
@@ -61,8 +79,11 @@ def reproduce(
     if dry_run:
         _tell_plan(plans, len(seeds), cluster, as_json=as_json)
         return
-    found = _measure(plans, preset, seeds)
-    _write(plans, found, preset, given, as_json=as_json)
+    graded = _mt_bench(mt_bench, references, judge, endpoint, model.mt_bench_tokens)
+    found = _measure(plans, preset, seeds, graded)
+    options = graded.options if graded else []
+    options += [word for one in given for word in ("--set", one)]
+    _write(plans, found, preset, options, as_json=as_json)
     _require_figures(found)
 
 
@@ -71,8 +92,32 @@ def _first(plans: dict[str, list[PlannedArm]]) -> ExperimentSpec:
     return next(arm.spec for arms in plans.values() for arm in arms if arm.spec)
 
 
+def _mt_bench(
+    questions: Path | None,
+    references: Path | None,
+    judge: str | None,
+    endpoint: str | None,
+    max_new_tokens: int,
+) -> MtBench | None:
+    """Return what grades MT-Bench, if that is asked for."""
+    from qresafe.judge_specs import EndpointSpec
+    from qresafe.loading import load_spec
+    from qresafe.stages.reproduce.mt_bench import MtBench
+
+    given = {"--references": references, "--judge": judge, "--endpoint": endpoint}
+    if questions is None:
+        if lone := [option for option, value in given.items() if value is not None]:
+            remedy = "add --mt-bench question.jsonl"
+            raise SpecError(f"{lone[0]} is of MT-Bench, which was not asked for", remedy=remedy)
+        return None
+    if not judge:
+        raise SpecError("nobody grades MT-Bench", remedy="add --judge, e.g. --judge gpt-4")
+    asked = {"model": judge} | ({"endpoint": endpoint} if endpoint else {})
+    return MtBench(questions, references, load_spec(EndpointSpec, asked), max_new_tokens)
+
+
 def _measure(
-    plans: dict[str, list[PlannedArm]], preset: str, seeds: list[int]
+    plans: dict[str, list[PlannedArm]], preset: str, seeds: list[int], mt_bench: MtBench | None
 ) -> dict[str, list[FilledRow]]:
     """Return table -> its rows, all seeds."""
     from qresafe.artifacts import Run
@@ -88,12 +133,14 @@ def _measure(
         # Before Ray starts: a mistake should cost a second, and not once for every row.
         name = run_name(preset, seeds[0])
         experiment_of(first, seeds[0], name, InProcessRuntime(), progress).check()
+        if mt_bench:
+            mt_bench.check()
         with closing(started(first, progress)) as runtime:
             for seed in seeds:
                 name = run_name(preset, seed)
                 with driving(Run(first.storage, name).root, progress) as told:
                     for table, arms in plans.items():
-                        found[table] += filled(arms, seed, name, runtime, told)
+                        found[table] += filled(arms, seed, name, runtime, told, mt_bench)
     return found
 
 
@@ -110,7 +157,7 @@ def _write(
     plans: dict[str, list[PlannedArm]],
     found: dict[str, list[FilledRow]],
     preset: str,
-    overrides: list[str],
+    options: list[str],
     *,
     as_json: bool,
 ) -> None:
@@ -127,7 +174,7 @@ def _write(
     told = {}
     for name, arms in plans.items():
         rows = found[name]
-        command = _command(name, preset, rows, overrides)
+        command = _command(name, preset, rows, options)
         about = f"Made by `{command}` on {_when_and_where()}."
         text = page(paper_table(name), arms, rows, named(preset), about)
         data = [row.model_dump() for row in rows]
@@ -140,13 +187,11 @@ def _write(
         typer.echo(json.dumps(told, indent=1))
 
 
-def _command(name: str, preset: str, rows: list[FilledRow], overrides: list[str]) -> str:
+def _command(name: str, preset: str, rows: list[FilledRow], options: list[str]) -> str:
     words = ["qresafe", "reproduce", name, "--preset", preset]
     for seed in dict.fromkeys(row.seed for row in rows):
         words += ["--seed", str(seed)]
-    for override in overrides:
-        words += ["--set", override]
-    return shlex.join(words)
+    return shlex.join(words + options)
 
 
 def _when_and_where() -> str:

@@ -8,7 +8,7 @@ the largest is taken.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qresafe.planning.shapes import ModelShape
@@ -119,14 +119,14 @@ def patch(shape: ModelShape, how: Patching, batch: Batch, scoring: Batch) -> Par
     gradients = sharded if how.zero_stage >= 2 else factors
     if how.offload != "none":
         moments, gradients = 0.0, factors if how.zero_stage == 1 else 0.0
-    backward = held | _graph(shape, how, batch) | {OPTIMIZER: moments}
+    backward = held | graph(shape, how, batch) | {OPTIMIZER: moments}
     if how.accumulates:
         backward[GRADIENTS] = gradients
     phases = [backward, held | {GRADIENTS: gradients, OPTIMIZER: moments}]
     if how.snip:
-        score = held | _graph(shape, how, scoring, scored=True) | _scores(shape, how)
+        score = held | graph(shape, how, scoring, scored=True) | _scores(shape, how)
         phases.append(score | ({OPTIMIZER: moments} if how.remasks else {}))
-    return _peak(phases)
+    return peak(phases)
 
 
 def offloaded(shape: ModelShape, how: Patching) -> float:
@@ -185,7 +185,7 @@ def _held(shape: ModelShape, how: Patching) -> dict[str, float]:
     return found
 
 
-def _graph(
+def graph(
     shape: ModelShape, how: Patching, batch: Batch, *, scored: bool = False
 ) -> dict[str, float]:
     """Return what autograd keeps of a forward pass, at the moment when most of it is there."""
@@ -277,7 +277,7 @@ def snip(shape: ModelShape, batch: Batch, device: Literal["cpu", "gpu"]) -> Part
     """Return the parts while SNIP scores full-precision weights, which lie on one device."""
     how = Patching(rank=1, on="factors", through_grid=False, device=device)
     held = {WEIGHTS: float(shape.bytes * shape.parameters)}
-    return held | _graph(shape, how, batch, scored=True) | _scores(shape, how)
+    return held | graph(shape, how, batch, scored=True) | _scores(shape, how)
 
 
 def share_of(shape: ModelShape, devices: int) -> float:
@@ -367,7 +367,7 @@ def full_training(
 
     `moments` are the bytes of the optimizer's state per weight: `MOMENTS` of its name.
     """
-    wide = _in_float32(shape)
+    wide = replace(shape, bytes=4)
     trained = 4.0 * wide.quantized
     how = Patching(
         rank=1,
@@ -377,21 +377,17 @@ def full_training(
         checkpointing=checkpointing,
         trains="weights",
     )
-    graph = _graph(wide, how, batch)
+    kept = graph(wide, how, batch)
     weights = 4.0 * wide.parameters * (2 if teacher else 1)
     held = {WEIGHTS: weights, OPTIMIZER: moments / 4 * trained}
     if checkpointing:  # the first block's gradient comes when all others are there
-        return _peak([held | graph | {GRADIENTS: trained}])
-    forward = held | graph | {FORMED: trained if rounded else 0.0}
-    return _peak([forward, held | {GRADIENTS: trained}])
+        return peak([held | kept | {GRADIENTS: trained}])
+    forward = held | kept | {FORMED: trained if rounded else 0.0}
+    return peak([forward, held | {GRADIENTS: trained}])
 
 
-def _in_float32(shape: ModelShape) -> ModelShape:
-    fields = {name: getattr(shape, name) for name in ModelShape.__dataclass_fields__}
-    return ModelShape(**(fields | {"bytes": 4}))
-
-
-def _peak(phases: Iterable[Parts]) -> Parts:
+def peak(phases: Iterable[Parts]) -> Parts:
+    """Return the phase that holds most."""
     return max(phases, key=total)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from qresafe.planning import memory
 from qresafe.planning.answering import gpus_of, teachers_of
+from qresafe.planning.flipping import flips
 from qresafe.planning.hardware import GIB, Cluster
-from qresafe.planning.memory import WEIGHTS, Batch, Parts
+from qresafe.planning.memory import WEIGHTS, Batch, Parts, Patching
 from qresafe.planning.patching import code_bits, patching
 from qresafe.planning.quantizing import quantizing
 from qresafe.planning.shapes import ModelShape
@@ -286,6 +287,8 @@ class _Planner:
         columns = self.known.prompt_tokens + answer
         micro = self._micro()
         batch = Batch(micro * sequences, columns, micro * sequences * answer, micro * kl)
+        if spec.method == "flips":
+            return self._flips(how, batch)
         longest = self.spec.pairs.max_new_tokens
         scored = 2 if spec.mask.loss == "dpo" else 1
         scoring = Batch(
@@ -307,6 +310,15 @@ class _Planner:
         host = max(self._host(), self._packed() + memory.offloaded(shape, how))
         return self._stage("patch", parts, seconds, host=host)
 
+    def _flips(self, how: Patching, batch: Batch) -> StagePlan:
+        """Return the discrete patch, with all the rounds that it may take, each on other rows."""
+        spec = self.spec.patch.flips
+        forward = 2.0 * self.shape.parameters * spec.probe_rows
+        tokens = self._row()[1] * batch.columns  # of a row
+        flops = spec.rounds * tokens * (spec.rows * self._flops_per_token() + forward)
+        seconds = self._compute(flops, self.known.train_utilisation, self.workers)
+        return self._stage("patch", flips(self.shape, how, batch), seconds, host=self._host())
+
     def _row(self) -> tuple[int, int, int]:
         """Return a training row's answer tokens, its sequences, and positions with a teacher."""
         spec, longest = self.spec.patch.objective, self.spec.pairs.max_new_tokens
@@ -317,7 +329,9 @@ class _Planner:
         return (kl if only_kl else longest), 2 if spec.dpo else 1, kl
 
     def _micro(self) -> int:
-        """Return the rows of a micro-batch, as `patch_data.share` cuts them."""
+        """Return the rows of a micro-batch, as `patch_data.share` (or `FlipLoss`) cuts them."""
+        if self.spec.patch.method == "flips":
+            return self.spec.patch.micro_batch_size
         most = math.ceil(self.spec.patch.batch_size / self.workers)
         return math.ceil(most / math.ceil(most / self.spec.patch.micro_batch_size))
 

@@ -11,6 +11,7 @@ import torch
 from bench import ablations_page
 from bench.ablations import Found, Row, all_rows, kept_at, plan, planned_seeds, rows
 from bench.ablations_page import reached
+from bench.ablations_plots import races_plot
 from bench.demo import Cell
 from bench.touched import overlaps, touched_shares
 from qresafe.core.sparse_patch import SparseDiff
@@ -68,6 +69,13 @@ def test_a_race_ends_where_attack_success_stays_low(
 ) -> None:
     found = reached(CURVE, bound, stays)
     assert (found[0] if found else None) == at
+
+
+def test_a_race_draws_every_seed(tmp_path: Path) -> None:
+    row = Row("races", "tau .6", "Q", {}, 0)
+    raced = [Found(replace(row, seed=seed), curve=CURVE) for seed in range(7)]
+    races_plot({"tau .6": raced}, tmp_path / "races.svg")
+    assert "<!-- seed 6 -->" in (tmp_path / "races.svg").read_text()
 
 
 def cell(attack: float, label: str, part: str, seed: int = 0) -> Cell:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from bench import plan_case
-from bench.plan_cases import generate_case, patch_case, predicted, shape
+from bench.plan_cases import flips_case, generate_case, patch_case, predicted, shape
 from qresafe.planning import memory
+from qresafe.planning.flipping import flips
 from qresafe.planning.memory import Batch, Patching, total
 from qresafe.planning.shapes import from_config
 
@@ -55,6 +56,14 @@ def test_trained_scales_take_16_bytes_each_and_no_mask() -> None:
     assert parts["scales"]["masks"] == 0
     assert parts["both"]["LoRA factors"] == 4 * (scales + factors)
     assert parts["both"]["masks"] == MODEL.quantized / 8  # a bit a weight
+
+
+def test_flips_hold_a_float64_sum_of_every_weight_and_no_adapter() -> None:
+    parts = flips(MODEL, HOW, BATCH)
+    assert parts["weights"] == 2 * MODEL.parameters  # decoded
+    assert parts["codes and scales"] == (2 + 2 / 64) * MODEL.quantized
+    assert parts["gradients"] == 8 * MODEL.quantized + 2 * MODEL.largest  # and one layer's own
+    assert not {"LoRA factors", "optimizer", "masks"} & parts.keys()
 
 
 def test_a_full_baseline_holds_a_gradient_and_two_moments_of_each_weight() -> None:
@@ -136,11 +145,12 @@ MEASURED = {
     "wide, bfloat16": ("wide", patch_case("wide", rows=2, dtype="bfloat16")),
     "words, factors": ("words", patch_case("words", rows=2, on="factors", through_grid=False)),
     "tall, recomputed": ("tall", patch_case("tall", answer=128, gradient_checkpointing=True)),
+    "words, flips": ("words", flips_case("words", rows=2)),
     "wide, generate": ("wide", generate_case("wide")),
 }
 
 
-QUICK = ("even, float32", "words, factors")
+QUICK = ("even, float32", "words, factors", "words, flips")
 LONG = [pytest.param(name, marks=pytest.mark.long) for name in MEASURED if name not in QUICK]
 
 

@@ -11,6 +11,7 @@ from qresafe.progress import Progress
 from qresafe.specs import ExperimentSpec
 from qresafe.stages.experiment import Experiment
 from qresafe.stages.reproduce.measure import figures
+from qresafe.stages.reproduce.mt_bench import MtBench
 from qresafe.stages.reproduce.plan import PlannedArm
 from qresafe.stages.runtime import Runtime
 from qresafe.stages.seeds import with_seed
@@ -41,6 +42,7 @@ def filled(
     name: str,
     runtime: Runtime,
     progress: Progress,
+    mt_bench: MtBench | None = None,
 ) -> list[FilledRow]:
     """Measure every row of a table with one seed, in one run, so that rows share their stages.
 
@@ -50,8 +52,10 @@ def filled(
         name: Of the run.
         runtime: Where stages run.
         progress: Shows them.
+        mt_bench: What grades MT-Bench; None: its cells stay empty.
     """
-    return [_row(planned, seed, name, runtime, progress) for planned in arms]
+    place = seed, name, runtime, progress
+    return [_row(planned, *place, mt_bench) for planned in arms]
 
 
 def run_name(preset: str, seed: int) -> str:
@@ -69,7 +73,12 @@ def experiment_of(
 
 
 def _row(
-    planned: PlannedArm, seed: int, name: str, runtime: Runtime, progress: Progress
+    planned: PlannedArm,
+    seed: int,
+    name: str,
+    runtime: Runtime,
+    progress: Progress,
+    mt_bench: MtBench | None,
 ) -> FilledRow:
     title = planned.arm.title
     if planned.spec is None:
@@ -77,7 +86,7 @@ def _row(
     try:
         experiment = experiment_of(planned.spec, seed, name, runtime, progress)
         experiment.check()
-        found = figures(experiment, planned.cells)
+        found = figures(experiment, planned.cells, mt_bench)
     except ResourceError:  # a full disk would cost every row that follows
         raise
     except UserError as error:  # one row that cannot be measured does not cost the others

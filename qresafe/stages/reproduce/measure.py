@@ -12,10 +12,11 @@ from qresafe.stages.compare import read_attack
 from qresafe.stages.comparison import ArmResult, Share
 from qresafe.stages.experiment import ARMS, Experiment
 from qresafe.stages.measures import ATTACK
+from qresafe.stages.reproduce.mt_bench import MtBench
 from qresafe.stages.search.trial import arm_result
 
 ATTACKED = "attack "  # a cell "Q0.attack top_p 0.7": attack success in that configuration
-OURS_LACKS = ("mt_bench", "alpaca_eval")  # what the paper measures with GPT-4
+MT_BENCH = "mt_bench"
 
 
 @dataclass(frozen=True)
@@ -34,28 +35,33 @@ class Figure:
 Results = Callable[[str], ArmResult]  # of an arm by its label, read once
 
 
-def figures(experiment: Experiment, cells: Sequence[str]) -> dict[str, Figure]:
+def figures(
+    experiment: Experiment, cells: Sequence[str], mt_bench: MtBench | None = None
+) -> dict[str, Figure]:
     """Measure a row's cells; what they need is computed, what is finished is reused.
 
     Args:
         experiment: Of the row.
         cells: "Q0.attack_success" (an arm and a measure of `measures.MEASURES`), "Q0.attack top_p
             0.7" (attack success under one decoding configuration), "codes_changed" (a share of
-            the codes), or "hours" (of training the patch, times the devices).
+            the codes), "hours" (of training the patch, times the devices), or "Q.mt_bench".
+        mt_bench: What grades MT-Bench.
 
     Returns:
         Cell -> its figure, without those that the experiment cannot have: of a control that there
-        is not, or of a measure of the paper alone.
+        is not, or of MT-Bench where nothing grades it.
 
     Raises:
         SpecError: A cell is none of these.
     """
     results = cache(partial(arm_result, experiment))
-    found = {cell: _figure(experiment, cell, results) for cell in cells}
+    found = {cell: _figure(experiment, cell, results, mt_bench) for cell in cells}
     return {cell: one for cell, one in found.items() if one}
 
 
-def _figure(experiment: Experiment, cell: str, results: Results) -> Figure | None:
+def _figure(
+    experiment: Experiment, cell: str, results: Results, mt_bench: MtBench | None
+) -> Figure | None:
     if cell == "hours":
         seconds = experiment.patched.manifest.counts["seconds"]
         return Figure(seconds * max(experiment.spec.resources.workers, 1) / 3600)
@@ -64,8 +70,11 @@ def _figure(experiment: Experiment, cell: str, results: Results) -> Figure | Non
     arm, _, measure = cell.partition(".")
     if arm not in ARMS or not measure:
         raise SpecError(f"no cell {cell!r}", remedy="write e.g. Q0.attack_success")
-    if measure in OURS_LACKS or (arm == CONTROL and arm not in experiment.arms):
+    if arm == CONTROL and arm not in experiment.arms:
         return None
+    if measure == MT_BENCH:
+        rating = mt_bench.grade(experiment, arm) if mt_bench else None
+        return None if rating is None else Figure(rating)
     if measure.startswith(ATTACKED):
         return _under_attack(experiment, arm, measure.removeprefix(ATTACKED))
     found = results(arm).measures.get(measure)

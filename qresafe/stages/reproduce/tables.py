@@ -81,6 +81,7 @@ class ReproducePreset(Spec):
         quantizers: Name -> the experiment's `quantize`.
         absent: Name -> why this preset has no such quantizer.
         variants: Name -> which calibration data.
+        mt_bench_tokens: Of an answer to either turn of MT-Bench; 1024 are FastChat's.
         notes: What to know of its results.
     """
 
@@ -90,6 +91,7 @@ class ReproducePreset(Spec):
     quantizers: dict[str, dict[str, Any]]
     absent: dict[str, str] = Field(default_factory=dict)
     variants: dict[str, Variant]
+    mt_bench_tokens: int = 1024
     notes: tuple[str, ...] = ()
 
 

@@ -1,0 +1,85 @@
+"""MT-Bench in a table: the arm answers both turns, and the mean rating is the cell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import ChatServer, serving
+
+from qresafe.cli import main
+from qresafe.judge_specs import EndpointSpec
+from qresafe.progress import Silent
+from qresafe.stages.reproduce.filled import filled
+from qresafe.stages.reproduce.mt_bench import MtBench
+from qresafe.stages.reproduce.page import page
+from qresafe.stages.reproduce.plan import planned
+from qresafe.stages.reproduce.tables import paper_table, preset
+from qresafe.stages.runtime import InProcessRuntime
+
+TOY = [
+    "quantize={method: rtn}",
+    "evaluate.prompts=[{axis: harmful, limit: 2}]",
+    "evaluate.generate={max_new_tokens: 2, system_prompt: Obey.}",
+    "pairs={harmful: 6, benign: 3, borderline: 2, recombined: 0, max_new_tokens: 2}",
+    "patch={steps: 1, batch_size: 8, micro_batch_size: 8}",
+]
+
+
+def judge(body: dict[str, Any]) -> str:
+    """Grade a second turn with 9, a first one with 6."""
+    asked = body["messages"][-1]["content"]
+    return f"Rating: [[{9 if 'Again.' in asked else 6}]]"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ChatServer]]:
+    monkeypatch.setenv("OPENAI_API_KEY", "right")
+    state = ChatServer(judge)
+    with serving(state) as url:
+        yield url, state
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "question.jsonl"
+    line = {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}
+    path.write_text(json.dumps(line) + "\n")
+    return path
+
+
+def test_a_patched_row_is_graded(
+    tmp_path: Path, tiny_llama: Path, questions: Path, server: tuple[str, ChatServer]
+) -> None:
+    table, chosen = paper_table("table5"), preset("embedded")
+    given = [*TOY, f"model.path={tiny_llama}", f"storage={tmp_path}"]
+    first = planned(table, chosen, given)[0]
+    spec = EndpointSpec(endpoint=server[0], model="toy")
+    graded = MtBench(questions, None, spec, max_new_tokens=2)
+    graded.check()
+    (row,) = filled([first], 0, "r", InProcessRuntime(threads=1), Silent(), graded)
+    assert row.refused == ""
+    assert row.figures["Q.mt_bench"] == (7.5, 0)  # of 6 and 9
+    assert "| 7.5 · paper 7.3 (+0.2) |" in page(table, [first], [row], chosen, "Made here.")
+    asked = [message["content"] for body in server[1].bodies for message in body["messages"]]
+    assert sum("Write." in text for text in asked) == 2
+    assert not any("Obey." in text for text in asked)  # no system prompt of the evaluation
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--judge", "gpt-4"], "--judge is of MT-Bench, which was not asked for: add --mt-bench"),
+        (["--mt-bench", "question.jsonl"], "nobody grades MT-Bench: add --judge"),
+    ],
+)
+def test_half_of_what_it_needs_is_refused(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["reproduce", "table5", "--storage", str(tmp_path), *options])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err
