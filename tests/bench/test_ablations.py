@@ -75,7 +75,7 @@ def test_a_race_draws_every_seed(tmp_path: Path) -> None:
     row = Row("races", "tau .6", "Q", {}, 0)
     raced = [Found(replace(row, seed=seed), curve=CURVE) for seed in range(7)]
     races_plot({"tau .6": raced}, tmp_path / "races.svg")
-    assert "<!-- seed 6 -->" in (tmp_path / "races.svg").read_text()
+    assert "seed 6" in (tmp_path / "races.svg").read_text()
 
 
 def cell(attack: float, label: str, part: str, seed: int = 0) -> Cell:
