@@ -4,7 +4,8 @@ Both train the same randomly initialised Llama on the same preference pairs (pro
 64 to 256 tokens together), with the same batch, rank, precision and AdamW, in one process, with
 reference log-probs computed beforehand. They take turns, step by step, and a step's median
 counts. On a CPU the clock is the process's own CPU time, so that other work on the machine does
-not count; on a GPU it is the wall clock, synchronised.
+not count; on a GPU it is the wall clock, synchronised. A third step of ours has no mask: what the
+mask itself costs or saves.
 
     python -m bench.patch_step
 """
@@ -36,6 +37,7 @@ from qresafe.stages.train_engine import LocalEngine
 
 VOCABULARY = 8192
 TARGETS = {"factors": 1.2, "weight": 0.7}  # ratio to TRL + PEFT
+UNMASKED = "weight, no mask"
 
 
 def llama(hidden: int = 512, layers: int = 8, seed: int = 0) -> Any:
@@ -94,9 +96,16 @@ def tokens_of(rows: list[dict[str, Any]]) -> int:
     )
 
 
-def our_step(on: str, through_grid: bool, spec: PatchSpec, table: pa.Table, **shape: int) -> Any:
+def our_step(
+    on: str,
+    through_grid: bool,
+    spec: PatchSpec,
+    table: pa.Table,
+    tau: float = 0.6,
+    **shape: int,
+) -> Any:
     """Return a function that does one optimizer step of the patch."""
-    mask = {"on": on, "tau": 0.6, "score": "magnitude", "remask_every": 0}
+    mask = {"on": on, "tau": tau, "score": "magnitude", "remask_every": 0}
     changes = {"mask": spec.mask.model_validate(mask), "through_grid": through_grid}
     mine = spec.model_copy(update=changes)
     model = llama(**shape)
@@ -171,6 +180,7 @@ def measure(steps: int = 6, rows: int = 8, rank: int = 16, **shape: int) -> dict
             "trl": trl_step(spec, table, Path(work), **shape),
             "factors": our_step("factors", False, spec, table, **shape),
             "weight": our_step("weight", True, spec, table, **shape),
+            UNMASKED: our_step("weight", True, spec, table, tau=1.0, **shape),
         }
         seconds = _in_turns(contestants, steps)
     listed = table.to_pylist()
@@ -184,6 +194,7 @@ def measure(steps: int = 6, rows: int = 8, rank: int = 16, **shape: int) -> dict
         "clock": kind(),
         "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
         "ratio": {name: round(speed[name] / speed["trl"], 3) for name in TARGETS},
+        "masked_to_unmasked": round(speed["weight"] / speed[UNMASKED], 3),
         "median_seconds": {k: round(statistics.median(v), 4) for k, v in seconds.items()},
         "target": TARGETS,
     }
