@@ -3,6 +3,7 @@
     python -m bench.ablations                          # every row with the seeds of its part
     python -m bench.ablations --only tau rank --seeds 0
     python -m bench.ablations --page                   # the page of the rows that are there
+    python -m bench.ablations --plan extremes          # another plan and page of the same make
 
 Everything runs in this process and its children; a row that was measured is kept with the hardware
 that it ran on and its *.qpatch, and a run continues where one was stopped. All choices of the
@@ -26,6 +27,7 @@ from typing import Any
 
 from bench.demo import AXES, Cell, experiment_of, measure
 from bench.demo import Row as DemoRow
+from bench.kept import take
 from bench.processes import in_processes
 from qresafe.artifacts import content_key, write_text
 from qresafe.errors import UserError
@@ -80,58 +82,66 @@ class Found:
 def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plan", default="", help="extremes: bench/ablations-extremes.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", help="of those in the plan")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the plan")
     parser.add_argument("--split", choices=["dev", "test"], default="test")
     parser.add_argument("--storage", default=".bench/ablations")
+    parser.add_argument("--rows", type=Path, help="take a page's .jsonl as measured")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=64, help="prompts answered at a time")
     parser.add_argument("--minutes", type=float, default=600, help="start no row after these")
     parser.add_argument("--page", action="store_true", help="write the page of what is there")
     args = parser.parse_args()
-    wanted = all_rows(args.seeds or planned_seeds())
+    if args.rows:
+        take(args.rows, args.storage)
+    whole = plan(args.plan)
+    wanted = all_rows(args.seeds or planned_seeds(whole), whole)
     chosen = [row for row in wanted if not args.only or row.part in (*args.only, "bases")]
     if not args.page:
         last_start = time.time() + 60 * args.minutes
-        place = Place(args.storage, args.split, args.device, args.batch_size, last_start)
+        place = Place(
+            args.storage, args.split, args.device, args.batch_size, last_start, whole["preset"]
+        )
         measure_all(chosen, place, args.processes)
     if args.split == "test":
         from bench.ablations_page import write_page
 
         kept = [(row, kept_at(args.storage, row, args.split)) for row in wanted]
         found = [read(path, row) for row, path in kept if path.exists()]
-        write_page(found, len(wanted), args.storage)
+        write_page(found, len(wanted), args.storage, args.plan)
 
 
-def plan() -> dict[str, Any]:
-    """Return bench/ablations.yaml."""
-    return dict(read_yaml((HERE / "ablations.yaml").read_text()))
+def plan(name: str = "") -> dict[str, Any]:
+    """Return bench/ablations.yaml, or another plan by its name."""
+    file = f"ablations-{name}.yaml" if name else "ablations.yaml"
+    return {"curves": {}, "groups": {}, **read_yaml((HERE / file).read_text())}
 
 
-def planned_seeds() -> list[int]:
-    """Return every seed that some part of the plan has."""
-    return sorted({seed for part in _parts(plan()).values() for seed in part["seeds"]})
+def planned_seeds(whole: dict[str, Any]) -> list[int]:
+    """Return every seed that some part of a plan has."""
+    return sorted({seed for part in _parts(whole).values() for seed in part["seeds"]})
 
 
 def _parts(whole: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return name -> a curve, a group or the races, each with its seeds."""
-    parts = whole["curves"] | whole["groups"] | {"races": whole["races"]}
+    races = {"races": whole["races"]} if "races" in whole else {}
+    parts = whole["curves"] | whole["groups"] | races
     return {name: {"seeds": whole["seeds"]} | part for name, part in parts.items()}
 
 
-def all_rows(seeds: Sequence[int]) -> list[Row]:
-    """Return the plan's rows, all seeds of a row one after the other."""
-    listed = [row for seed in seeds for row in rows(seed)]
+def all_rows(seeds: Sequence[int], whole: dict[str, Any]) -> list[Row]:
+    """Return a plan's rows, all seeds of a row one after the other."""
+    listed = [row for seed in seeds for row in rows(seed, whole)]
     places: dict[tuple[str, str], int] = {}
     for row in listed:
         places.setdefault((row.part, row.label), len(places))
     return sorted(listed, key=lambda row: places[row.part, row.label])
 
 
-def rows(seed: int) -> Iterator[Row]:
-    """Yield the plan's rows for one seed, what others build on first."""
-    whole = plan()
+def rows(seed: int, whole: dict[str, Any]) -> Iterator[Row]:
+    """Yield a plan's rows for one seed, what others build on first."""
     asked = [name for name, part in _parts(whole).items() if seed in part["seeds"]]
     for arm in BASES if asked else ():
         yield Row("bases", arm, arm, {}, seed)
@@ -174,13 +184,14 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and until when rows are measured."""
+    """Where, until when and on top of which preset rows are measured."""
 
     storage: str
     split: str
     device: str
     batch_size: int
     last_start: float
+    preset: str
 
 
 def kept_at(storage: str, row: Row, split: str = "test") -> Path:
@@ -233,7 +244,7 @@ def measured(row: Row, place: Place) -> Found:
     size = {"batch_size": place.batch_size}
     settings = merged(row.settings, {"evaluate": {"generate": size}})
     settings = merged(settings, {"pairs": size})
-    asked = DemoRow(row.part, row.label, row.arm, plan()["preset"], settings, row.seed)
+    asked = DemoRow(row.part, row.label, row.arm, place.preset, settings, row.seed)
     # A race is watched while it trains: a patch that another row has trained was not.
     storage = f"{place.storage}/races" if row.probe else place.storage
     experiment = experiment_of(asked, place.split, storage, place.device)

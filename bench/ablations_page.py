@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.ablations import Found, kept_at, plan
 from bench.ablations_plots import curve_plot, races_plot, touched_plot
+from bench.kept import write_rows
 from bench.touched import overlaps, rank_agreement, touched_shares
 from qresafe.stages.statistics import wilson
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "results.md"
 MEASURES = {
     "attack_success": "attack success %",
     "over_refusal": "over-refusal %",
@@ -25,31 +26,38 @@ SAFE = 0.02  # above W's attack success: where a race ends
 Rows = Sequence[Found]
 
 
-def write_page(found: Rows, planned: int, storage: str = ".bench/ablations") -> None:
-    """Write docs/results.md and its plots from the results that are there.
+def write_page(found: Rows, planned: int, storage: str, name: str = "") -> None:
+    """Write a plan's page, docs/results.md or results-NAME.md, its plots and its rows.
 
     Args:
         found: The results.
         planned: How many the plan has.
-        storage: Where the patch files lie.
+        storage: Where results and patch files lie.
+        name: Of the plan; "": bench/ablations.yaml.
     """
-    whole = plan()
+    whole, stem = plan(name), f"results-{name}" if name else "results"
     rows = [one for one in found if one.cell]
-    parts = [_head(rows, planned, len(found) - len(rows)), _part("bases", "The models", rows)]
-    for name, curve in whole["curves"].items():
-        own = [one for one in rows if one.row.part == name]
+    parts = [_head(rows, planned, len(found) - len(rows), name)]
+    parts.append(_part("bases", "The models", rows))
+    for part, curve in whole["curves"].items():
+        own = [one for one in rows if one.row.part == part]
         if own:
-            curve_plot(own, name, DOCS / f"results-{name}.svg")
-            picture = f"![{curve['title']}](results-{name}.svg)"
-            parts.append(f"{_part(name, curve['title'], rows)}\n\n{picture}")
-    for name, group in whole["groups"].items():
-        parts.append(_part(name, group["title"], rows))
+            curve_plot(own, part, DOCS / f"{stem}-{part}.svg")
+            picture = f"![{curve['title']}]({stem}-{part}.svg)"
+            parts.append(f"{_part(part, curve['title'], rows)}\n\n{picture}")
+    for part, group in whole["groups"].items():
+        parts.append(_part(part, group["title"], rows))
     parts += [_races(rows), _touched(rows, storage), _refused(found)]
-    PAGE.write_text("\n\n".join(filter(None, parts)) + "\n")
-    print(f"wrote {PAGE} from {len(found)} of {planned} results")
+    page = DOCS / f"{stem}.md"
+    page.write_text("\n\n".join(filter(None, parts)) + "\n")
+    kept = [kept_at(storage, one.row) for one in found]
+    write_rows({path.stem: json.loads(path.read_text()) for path in kept if path.exists()},
+               page.with_suffix(".jsonl"))  # fmt: skip
+    print(f"wrote {page} from {len(found)} of {planned} results")
 
 
-def _head(rows: Rows, planned: int, refused: int) -> str:
+def _head(rows: Rows, planned: int, refused: int, name: str) -> str:
+    command = "python -m bench.ablations" + (f" --plan {name}" if name else "")
     seeds = ", ".join(str(seed) for seed in sorted({one.row.seed for one in rows}))
     machines = "; ".join(sorted({one.hardware for one in rows}))
     n = next(one.cell.n["attack_success"] for one in rows if one.cell)
@@ -57,7 +65,7 @@ def _head(rows: Rows, planned: int, refused: int) -> str:
     some += f", of which {refused} are refusals." if refused else "."
     return (
         "# Ablations of the patch, embedded model\n\n"
-        f"Made by `python -m bench.ablations` on {datetime.date.today()}; {machines}. Seeds "
+        f"Made by `{command}` on {datetime.date.today()}; {machines}. Seeds "
         f"{seeds}; test split, {n} harmful prompts a seed.{some} Q0 is LLM-QAT INT4, fine-tuned "
         "at risk III; every model is reloaded from disk. Shares in %: mean over seeds, per seed "
         "in round brackets, in square brackets the 95 % Wilson interval of all seeds' prompts "

@@ -18,14 +18,14 @@ import itertools
 import json
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bench.ablations import hardware
+from bench.kept import take, write_rows
 from bench.processes import in_processes
 from qresafe.artifacts import content_key, write_text
 from qresafe.progress import Silent
@@ -176,25 +176,6 @@ def kept_at(place: Place, task: Task) -> Path:
     return Path(place.storage) / "rows" / f"{task.key}.json"
 
 
-def take(file: Path, storage: str) -> None:
-    """Put the rows of a rows.jsonl among those measured, where these have none."""
-    (Path(storage) / "rows").mkdir(parents=True, exist_ok=True)
-    for line in file.read_text().splitlines():
-        kept = json.loads(line)
-        path = Path(storage) / "rows" / f"{kept.pop('key')}.json"
-        if not path.exists():
-            write_text(path, json.dumps(kept))
-
-
-def write_rows(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Put measured rows, by their keys, into a rows.jsonl, in the place of equals."""
-    old = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    held = {kept["key"]: kept for kept in old} | {
-        key: {"key": key, **kept} for key, kept in rows.items()
-    }
-    file.write_text("".join(json.dumps(held[key]) + "\n" for key in sorted(held)))
-
-
 def write_pages(wanted: Sequence[Task], storage: str, pages: Path = PAGES) -> None:
     """Write a page for each table with the rows that are there, and the rows."""
     pages.mkdir(exist_ok=True)
@@ -215,7 +196,7 @@ def write_pages(wanted: Sequence[Task], storage: str, pages: Path = PAGES) -> No
             f"Made by `python -m bench.reproduce --only {name} "
             f"--seeds {' '.join(map(str, seeds))}`, measured "
             f"{' to '.join(dict.fromkeys((days[0], days[-1])))}; {machines}; "
-            f"{len(found)} of {len(asked)} rows, one for each seed."
+            f"{len(found)} of {len(asked)} rows, one for each seed.{_timed(rows, seeds)}"
         )
         arms = list(dict.fromkeys(id(t.arm) for t in of_table))
         by_id = {id(task.arm): task.arm for task in of_table}
@@ -223,6 +204,14 @@ def write_pages(wanted: Sequence[Task], storage: str, pages: Path = PAGES) -> No
         # A refusal names a file of the machine that it happened on.
         (pages / f"{name}.md").write_text(text.replace(storage, "STORAGE"))
         print(f"wrote {pages / name}.md: {len(found)} of {len(of_table)} rows")
+
+
+def _timed(rows: Sequence[FilledRow], seeds: Sequence[int]) -> str:
+    """Say whose hours a page shows, where these are not all rows'."""
+    timed = sorted({row.seed for row in rows if "hours" in row.figures})
+    if not timed or timed == seeds:
+        return ""
+    return f" Hours are those of seed {', '.join(map(str, timed))}; other work ran beside the rest."
 
 
 if __name__ == "__main__":

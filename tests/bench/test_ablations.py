@@ -20,19 +20,25 @@ from qresafe.stages import qpatch
 from qresafe.variants import with_changes
 
 
-def test_every_row_of_the_plan_is_a_valid_experiment_of_its_own() -> None:
-    base = load_experiment(plan()["preset"])
+@pytest.mark.parametrize("name", ["", "extremes"])
+def test_every_row_of_a_plan_is_a_valid_experiment_of_its_own(name: str) -> None:
+    whole = plan(name)
+    base = load_experiment(whole["preset"])
     for seed in (0, 1):
-        found = list(rows(seed))
+        found = list(rows(seed, whole))
         assert all(with_changes(base, row.settings) for row in found)
         assert len({(row.part, row.label) for row in found}) == len(found)
+
+
+def test_what_others_build_on_comes_first_and_settings_that_go_together_are_one() -> None:
+    found = list(rows(1, plan()))
     assert [row.label for row in found[:3]] == ["W", "control", "Q0"]
     (rank,) = [row for row in found if row.part == "rank" and row.label == "4"]
     assert rank.settings == {"patch": {"rank": 4, "alpha": 8}}
 
 
 def test_all_seeds_of_a_row_follow_one_another() -> None:
-    found = all_rows([0, 1])
+    found = all_rows([0, 1], plan())
     first = [(row.part, row.label, row.seed) for row in found[:4]]
     assert first == [("bases", "W", 0), ("bases", "W", 1), ("bases", "control", 0),
                      ("bases", "control", 1)]  # fmt: skip
@@ -41,16 +47,16 @@ def test_all_seeds_of_a_row_follow_one_another() -> None:
 
 
 def test_headline_parts_have_more_seeds_than_the_others() -> None:
-    assert planned_seeds() == [0, 1, 2, 3, 4]
-    seeds = {part: {row.seed for row in all_rows(planned_seeds()) if row.part == part}
+    assert planned_seeds(plan()) == [0, 1, 2, 3, 4]
+    seeds = {part: {row.seed for row in all_rows([0, 1, 2, 3, 4], plan()) if row.part == part}
              for part in ("bases", "tau", "races", "rank", "teachers")}  # fmt: skip
     assert seeds["bases"] == seeds["tau"] == seeds["races"] == {0, 1, 2, 3, 4}
     assert (seeds["rank"], seeds["teachers"]) == ({0, 1, 2}, {1, 2})
-    assert list(rows(5)) == []
+    assert list(rows(5, plan())) == []
 
 
 def test_equal_rows_of_two_parts_are_kept_once_and_seeds_apart() -> None:
-    by_name = {(row.part, row.label): row for row in rows(0)}
+    by_name = {(row.part, row.label): row for row in rows(0, plan())}
     default = by_name["masks", "default"]
     same = replace(default, part="other", label="another name")
     assert kept_at("s", default) == kept_at("s", same)
@@ -89,7 +95,6 @@ def test_the_page_holds_means_intervals_races_and_refusals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablations_page, "DOCS", tmp_path)
-    monkeypatch.setattr(ablations_page, "PAGE", tmp_path / "results.md")
     found = [
         Found(Row("bases", "W", "W", {}, 0), cell(0.02, "W", "bases"), "CPU"),
         Found(Row("rank", "4", "Q", {}, 0), cell(0.04, "4", "rank"), "CPU"),
