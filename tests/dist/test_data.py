@@ -23,6 +23,7 @@ from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.dist import vllm
+from qresafe.dist import preflight_ray
 from qresafe.dist.runtime import RayRuntime, make_runtime
 from qresafe.driving import driving
 from qresafe.errors import ModelError, ResourceError, place_of
@@ -223,6 +224,18 @@ def test_engines_stay_warm_and_hold_no_cpu(cluster: RayRuntime, tmp_path: Path) 
 
 def refuse(row: Row) -> None:
     raise ModelError("no such model", where="row 3", remedy="choose another")
+
+
+def test_the_doctor_writes_to_the_storage_from_a_worker(
+    cluster: RayRuntime, tmp_path: Path
+) -> None:
+    check = preflight_ray.storage_from_worker(str(tmp_path / "new"), None)
+    assert check.status == "ok", check.detail
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    check = preflight_ray.storage_from_worker(str(tmp_path / "file" / "x"), None)
+    assert check.status == "fail"
+    assert check.remedy
 
 
 def test_a_users_mistake_keeps_its_sentence(cluster: RayRuntime, tmp_path: Path) -> None:

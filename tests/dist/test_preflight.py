@@ -15,7 +15,7 @@ from qresafe.cli import main
 from qresafe.dist import preflight, preflight_ray
 from qresafe.dist.preflight import GIB
 from qresafe.dist.runtime import _not_joined
-from qresafe.specs import ExperimentSpec, ResourcesSpec
+from qresafe.specs import ExperimentSpec
 
 
 def test_the_quick_doctor_finds_this_environment_sound(
@@ -149,24 +149,6 @@ def test_the_upload_is_what_ray_would_pack(tmp_path: Path) -> None:
 def test_this_project_is_small_enough_to_upload() -> None:
     check = preflight_ray.upload_size(Path(__file__).parents[2])
     assert check.status == "ok", check.detail
-
-
-@pytest.mark.ray
-def test_a_worker_reaches_the_storage(tmp_path: Path) -> None:
-    import ray
-
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        spec = ExperimentSpec(storage=str(tmp_path / "new"), resources=ResourcesSpec(workers=1))
-        check = preflight_ray.storage_from_worker(spec.storage, None)
-        assert check.status == "ok", check.detail
-        assert list((tmp_path / "new").iterdir()) == []
-        (tmp_path / "file").write_text("")
-        check = preflight_ray.storage_from_worker(str(tmp_path / "file" / "x"), None)
-        assert check.status == "fail"
-        assert check.remedy
-    finally:
-        ray.shutdown()
 
 
 def test_a_wrong_token_is_told_though_ray_names_it_in_an_inner_error_only() -> None:
