@@ -22,8 +22,7 @@ from scraping import Scraped, scrape_until, total
 from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
-from qresafe.dist import vllm
-from qresafe.dist import preflight_ray
+from qresafe.dist import preflight_ray, vllm
 from qresafe.dist.runtime import RayRuntime, make_runtime
 from qresafe.driving import driving
 from qresafe.errors import ModelError, ResourceError, place_of

@@ -15,7 +15,6 @@ from qresafe.cli import main
 from qresafe.dist import preflight, preflight_ray
 from qresafe.dist.preflight import GIB
 from qresafe.dist.runtime import _not_joined
-from qresafe.specs import ExperimentSpec
 
 
 def test_the_quick_doctor_finds_this_environment_sound(
