@@ -156,6 +156,6 @@ def test_the_command_writes_a_page_that_names_itself(
         main([*words, *(word for one in given for word in ("--set", one))])
     assert left.value.code == 0
     told = json.loads(capsys.readouterr().out)["table9"]
-    assert len(told["rows"]) == 2
+    assert len(told["rows"]) == 3
     page_text = Path(told["page"]).read_text()
     assert "qresafe reproduce table9 --preset embedded --seed 0 --set model.path=" in page_text
