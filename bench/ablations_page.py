@@ -69,10 +69,10 @@ def _head(rows: Rows, planned: int, refused: int, name: str) -> str:
         f"{seeds}; test split, {n} harmful prompts a seed.{some} Q0 is LLM-QAT INT4, fine-tuned "
         "at risk III; every model is reloaded from disk. Shares in %: mean over seeds, per seed "
         "in round brackets, in square brackets the 95 % Wilson interval of all seeds' prompts "
-        "together, which take prompts for independent: the borderline ones are wordings of 32 "
+        "together, which take prompts for independent: the borderline ones are wordings of 40 "
         "phrases, so over-refusal is known less well than its figures look. `codes` are the codes "
         "changed in %, `s` the seconds of training on the device that is named, with other rows "
-        "beside it: not to be compared (the races' seconds per step are). What the figures say is "
+        "beside it: not to be compared. What the figures say is "
         "in [findings.md](findings.md)."
     )
 
