@@ -11,14 +11,6 @@ import pytest
 from servers import ChatServer, serving
 
 from qresafe.cli import main
-from qresafe.judge_specs import EndpointSpec
-from qresafe.progress import Silent
-from qresafe.stages.reproduce.filled import filled
-from qresafe.stages.reproduce.mt_bench import MtBench
-from qresafe.stages.reproduce.page import page
-from qresafe.stages.reproduce.plan import planned
-from qresafe.stages.reproduce.tables import paper_table, preset
-from qresafe.stages.runtime import InProcessRuntime
 
 TOY = [
     "quantize={method: rtn}",
@@ -51,21 +43,27 @@ def questions(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_patched_row_is_graded(
-    tmp_path: Path, tiny_llama: Path, questions: Path, server: tuple[str, ChatServer]
+def test_patched_rows_are_graded(
+    tmp_path: Path,
+    tiny_llama: Path,
+    questions: Path,
+    server: tuple[str, ChatServer],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    table, chosen = paper_table("table5"), preset("embedded")
-    given = [*TOY, f"model.path={tiny_llama}", f"storage={tmp_path}"]
-    first = planned(table, chosen, given)[0]
-    spec = EndpointSpec(endpoint=server[0], model="toy")
-    graded = MtBench(questions, None, spec, max_new_tokens=2)
-    graded.check()
-    (row,) = filled([first], 0, "r", InProcessRuntime(threads=1), Silent(), graded)
-    assert row.refused == ""
-    assert row.figures["Q.mt_bench"] == (7.5, 0)  # of 6 and 9
-    assert "| 7.5 · paper 7.3 (+0.2) |" in page(table, [first], [row], chosen, "Made here.")
+    settings = [*TOY, f"model.path={tiny_llama}"]
+    words = ["reproduce", "table5", "--storage", str(tmp_path), "--json"]
+    graded = ["--mt-bench", str(questions), "--judge", "toy", "--endpoint", server[0]]
+    with pytest.raises(SystemExit) as left:
+        main([*words, *graded, *(word for one in settings for word in ("--set", one))])
+    assert left.value.code == 0
+    told = json.loads(capsys.readouterr().out)["table5"]
+    patched = [row["figures"] for row in told["rows"] if row["title"] != "not patched"]
+    assert [row["Q.mt_bench"] for row in patched] == 5 * [[7.5, 0]]  # the mean of 6 and 9
+    page = Path(told["page"]).read_text()
+    assert "| 7.5 · paper 7.3 (+0.2) |" in page
+    assert f"--mt-bench {questions} --judge toy --endpoint {server[0]}" in page
     asked = [message["content"] for body in server[1].bodies for message in body["messages"]]
-    assert sum("Write." in text for text in asked) == 2
+    assert any("Write." in text for text in asked)
     assert not any("Obey." in text for text in asked)  # no system prompt of the evaluation
 
 
