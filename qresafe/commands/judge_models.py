@@ -141,8 +141,13 @@ def alpaca_eval(
 def _endpoint(model: str | None, endpoint: str | None, settings: list[str] | None) -> EndpointSpec:
     if not model:
         raise SpecError("no judge is named", remedy="add --model, e.g. --model gpt-4")
+    return endpoint_spec(model, endpoint, settings or [])
+
+
+def endpoint_spec(model: str, endpoint: str | None, settings: list[str]) -> EndpointSpec:
+    """Return the judge that the options name; without --endpoint at the default one."""
     given = {"model": model} | ({"endpoint": endpoint} if endpoint else {})
-    return load_spec(EndpointSpec, given, settings or [])
+    return load_spec(EndpointSpec, given, settings)
 
 
 def _place(workers: int | None, storage: str | None, name: str) -> ExperimentSpec:

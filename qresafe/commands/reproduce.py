@@ -100,8 +100,7 @@ def _mt_bench(
     max_new_tokens: int,
 ) -> MtBench | None:
     """Return what grades MT-Bench, if that is asked for."""
-    from qresafe.judge_specs import EndpointSpec
-    from qresafe.loading import load_spec
+    from qresafe.commands.judge_models import endpoint_spec
     from qresafe.stages.reproduce.mt_bench import MtBench
 
     given = {"--references": references, "--judge": judge, "--endpoint": endpoint}
@@ -112,8 +111,7 @@ def _mt_bench(
         return None
     if not judge:
         raise SpecError("nobody grades MT-Bench", remedy="add --judge, e.g. --judge gpt-4")
-    asked = {"model": judge} | ({"endpoint": endpoint} if endpoint else {})
-    return MtBench(questions, references, load_spec(EndpointSpec, asked), max_new_tokens)
+    return MtBench(questions, references, endpoint_spec(judge, endpoint, []), max_new_tokens)
 
 
 def _measure(

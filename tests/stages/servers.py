@@ -105,3 +105,11 @@ def serving(server: ChatServer) -> Iterator[str]:
     yield f"http://127.0.0.1:{runner.servers[0].sockets[0].getsockname()[1]}/v1"
     runner.should_exit = runner.force_exit = True
     thread.join(5)
+
+
+def keyed(monkeypatch: Any, answer: Answer) -> Iterator[tuple[str, ChatServer]]:
+    """Yield the URL and the state of a server that the environment's key opens: for fixtures."""
+    monkeypatch.setenv("OPENAI_API_KEY", "right")
+    state = ChatServer(answer)
+    with serving(state) as url:
+        yield url, state

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fabricated import completed, row
-from servers import ChatServer, serving
+from servers import ChatServer, keyed
 from typer.testing import CliRunner
 from upath import UPath
 
@@ -34,10 +34,7 @@ def grade(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ChatServer]]:
-    monkeypatch.setenv("OPENAI_API_KEY", "right")
-    state = ChatServer(grade)
-    with serving(state) as url:
-        yield url, state
+    yield from keyed(monkeypatch, grade)
 
 
 def spec(url: str, **changes: Any) -> LlmSpec:

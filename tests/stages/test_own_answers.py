@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fabricated import completed, row
-from servers import ChatServer, serving
+from servers import ChatServer, keyed
 from typer.testing import CliRunner
 
 from qresafe.artifacts import Artifact, Run
@@ -28,10 +28,7 @@ def judge(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ChatServer]]:
-    monkeypatch.setenv("OPENAI_API_KEY", "right")
-    state = ChatServer(judge)
-    with serving(state) as url:
-        yield url, state
+    yield from keyed(monkeypatch, judge)
 
 
 @pytest.fixture

