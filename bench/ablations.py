@@ -3,7 +3,7 @@
     python -m bench.ablations                          # every row with the seeds of its part
     python -m bench.ablations --only tau rank --seeds 0
     python -m bench.ablations --page                   # the page of the rows that are there
-    python -m bench.ablations --plan extremes          # another plan and page of the same make
+    python -m bench.ablations --plan extremes          # or teachers: a plan and a page of its own
 
 Everything runs in this process and its children; a row that was measured is kept with the hardware
 that it ran on and its *.qpatch, and a run continues where one was stopped. All choices of the
@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from bench.kept import take
 from bench.processes import in_processes
 from qresafe.artifacts import content_key, write_text
 from qresafe.errors import UserError
-from qresafe.loading import merged, read_yaml
+from qresafe.loading import merged, nested, read_yaml
 
 HERE = Path(__file__).parent
 BASES = ("W", "control", "Q0")  # measured once a seed, before everything that builds on them
@@ -66,6 +67,7 @@ class Found:
         row: The row.
         cell: Its figures.
         hardware: Device and torch version.
+        day: On which it was measured.
         curve: [step, seconds of training so far, attack success] of a race.
         safe: W's attack success on the prompts of a race.
         refused: Why there is no result, in the project's own words.
@@ -74,6 +76,7 @@ class Found:
     row: Row
     cell: Cell | None = None
     hardware: str = ""
+    day: str = ""
     curve: list[list[float]] = field(default_factory=list)
     safe: float | None = None
     refused: str = ""
@@ -82,7 +85,7 @@ class Found:
 def main() -> None:
     """Measure what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plan", default="", help="extremes: bench/ablations-extremes.yaml")
+    parser.add_argument("--plan", default="", help="NAME of bench/ablations-NAME.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", help="of those in the plan")
     parser.add_argument("--only", nargs="*", default=[], help="parts of the plan")
     parser.add_argument("--split", choices=["dev", "test"], default="test")
@@ -162,7 +165,7 @@ def _of_curve(name: str, curve: Mapping[str, Any], seed: int) -> Iterator[Row]:
         for values in zip(*given["each"].values(), strict=True):
             changes: dict[str, Any] = given.get("set", {})
             for key, value in zip(given["each"], values, strict=True):
-                changes = merged(changes, nested(key, value))
+                changes = merged(changes, nested({key: value}))
             label = f"{line}, {values[0]:g}".removeprefix(", ")
             yield Row(name, label, "Q", {"patch": changes}, seed)
 
@@ -173,13 +176,6 @@ def _of_group(name: str, group: Mapping[str, Any], seed: int) -> Iterator[Row]:
         for suffix, arm in group.get("arms", {"": "Q"}).items():
             settings = {part: changes} if isinstance(part, str) else changes
             yield Row(name, label + suffix, arm, settings, seed)
-
-
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """Return a dotted key's value as nested mappings."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
 
 
 @dataclass(frozen=True)
@@ -255,7 +251,7 @@ def measured(row: Row, place: Place) -> Found:
     if row.arm == "Q":
         kept = kept_at(place.storage, row, place.split).with_suffix(".qpatch")
         shutil.copyfile(experiment.exported.path / "patch.qpatch", kept)
-    return Found(row, cell, hardware(place.device), curve, safe)
+    return Found(row, cell, hardware(place.device), f"{date.today()}", curve, safe)
 
 
 def raced(experiment: Any, probe: Mapping[str, int]) -> tuple[list[list[float]], float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -60,12 +59,14 @@ def _head(rows: Rows, planned: int, refused: int, name: str) -> str:
     command = "python -m bench.ablations" + (f" --plan {name}" if name else "")
     seeds = ", ".join(str(seed) for seed in sorted({one.row.seed for one in rows}))
     machines = "; ".join(sorted({one.hardware for one in rows}))
+    days = sorted({one.day for one in rows})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     n = next(one.cell.n["attack_success"] for one in rows if one.cell)
     some = f" {len(rows) + refused} of the plan's {planned} results"
     some += f", of which {refused} are refusals." if refused else "."
     return (
         "# Ablations of the patch, embedded model\n\n"
-        f"Made by `{command}` on {datetime.date.today()}; {machines}. Seeds "
+        f"Made by `{command}`, measured {when}; {machines}. Seeds "
         f"{seeds}; test split, {n} harmful prompts a seed.{some} Q0 is LLM-QAT INT4, fine-tuned "
         "at risk III; every model is reloaded from disk. Shares in %: mean over seeds, per seed "
         "in round brackets, in square brackets the 95 % Wilson interval of all seeds' prompts "

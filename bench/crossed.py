@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from bench.demo import AXES, Row, experiment_of
 from qresafe.artifacts import content_key, write_text
+from qresafe.loading import merged
 from qresafe.presets import load_experiment
 from qresafe.specs import PairsSpec, PromptSetSpec
 from qresafe.stages.judge import FILE as VERDICTS
@@ -66,9 +67,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
         0,
     ),
     "1600 recombined, 200 steps, twice the rate": ("Q", budget(1600, steps=200, lr=1e-3), 0),
+    "800 crossed": ("Q", budget(0), 800),
     "1600 crossed": ("Q", budget(0), 1600),
     "800 recombined, 800 crossed": ("Q", {}, 800),
     "800 recombined, 1600 crossed, 200 steps": ("Q", {"patch": {"steps": 200}}, 1600),
+    "demo-thorough, 6400 crossed, none recombined": ("Q", merged(THOROUGH, budget(0)), 6400),
 }
 
 
