@@ -35,6 +35,7 @@ from qresafe.stages.runtime import (
 )
 
 CODE_VERSION = 2
+TEXTS_VERSION = 3  # of a teacher's texts: an answer that was cut does not end
 
 TEACHER = pa.schema(
     [records.PAIR.field("prompt_id")]
@@ -130,7 +131,7 @@ def pairs(
         # Where the prompts come from shows in the completions.
         spec=spec.key_data({"prompts", "near_duplicate"}) | _dropped(contamination),
         inputs=inputs | ({"teacher": teacher.key} if teacher else {}),
-        code_version=CODE_VERSION,
+        code_version=CODE_VERSION if teacher else TEXTS_VERSION,
         work=work,
     )
     return made.shown(progress, "pairs")
@@ -190,11 +191,16 @@ def select(
 
 
 def tokenize(rows: list[Row], tokenizer: Any) -> None:
-    """Add token ids to rows: the prompt's by the chat template, the answers' as generated."""
+    """Add token ids to rows: the prompt's by the chat template, the answers' as generated.
+
+    An endpoint's answers come without ids; where they were cut they have no end to be learned.
+    """
     for row in rows:
         row["prompt_ids"] = prompt_ids(tokenizer, row["prompt"])
-        for name in ("chosen", "rejected"):  # an endpoint's answers come without ids
-            row[f"{name}_ids"] = row[f"{name}_ids"] or answer_ids(tokenizer, row[name])
+        for name in ("chosen", "rejected"):
+            if not row[f"{name}_ids"]:
+                ids = answer_ids(tokenizer, row[name])
+                row[f"{name}_ids"] = ids[:-1] if row[f"{name}_finish"] == "length" else ids
 
 
 def _unusable(
@@ -233,6 +239,8 @@ def _pair(chosen: Row, rejected: Row, spec: PairsSpec) -> Row:
         "preference": chosen["axis"] in spec.prefer,
         "chosen_ids": chosen["completion_ids"],
         "rejected_ids": rejected["completion_ids"],
+        "chosen_finish": chosen["finish"],
+        "rejected_finish": rejected["finish"],
     }
 
 

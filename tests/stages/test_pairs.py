@@ -147,6 +147,30 @@ def _artifact(folder: Path, rows: list[dict[str, Any]]) -> Artifact:
     )
 
 
+def test_a_text_that_was_cut_does_not_end(tmp_path: Path, tiny_llama: Path) -> None:
+    """An endpoint's answers have no ids: the end token is learned of those that did stop."""
+    texts = {"h": ("stop", REFUSAL), "b": ("length", "Yes, of")}
+    w = [
+        completion(name, axis, texts[name][1], completion_ids=[], finish=texts[name][0])
+        for name, axis in (("h", "harmful"), ("b", "benign"))
+    ]
+    q0 = [completion("h", "harmful", ANSWER), completion("b", "benign", "Yes.")]
+    tokenizer = load_tokenizer(tiny_llama)
+    made = pairs(
+        Run(str(tmp_path), "t"),
+        teacher_completions=_artifact(tmp_path, w),
+        q0_completions=_artifact(tmp_path, q0),
+        tokenizer=tokenizer,
+        teacher=None,
+        spec=PairsSpec(),
+        runtime=InProcessRuntime(),
+        progress=Silent(),
+    )
+    rows = read_table(UPath(made.path) / "pairs.parquet").to_pylist()
+    learned = {row["prompt_id"]: tokenizer.decode(row["chosen_ids"]) for row in rows}
+    assert learned == {"h": REFUSAL + "</s>", "b": "Yes, of"}
+
+
 def test_stage_stores_ids_and_the_teachers_own_distribution(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
