@@ -8,6 +8,7 @@ borderline prompts.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,8 +122,8 @@ def safety_terms(source: Path, plain: Path, spec: SafetySpec, seed: int) -> Safe
         seed: Of the choice of prompts and of the order of rows.
 
     Raises:
-        DataError: There are no prompts of a kind that a term needs, or no harmful prompt that W
-            refuses is answered after plain fine-tuning.
+        DataError: There are no prompts of a kind that a term needs, or `dpo` is the only term
+            and no harmful prompt that W refuses is answered after plain fine-tuning.
     """
     prompts = safety_prompts(spec, seed)
     harmful = [text for kind, text in prompts if kind == "harmful"]
@@ -179,8 +180,10 @@ def _flips(
     ]
     if texts and not flips:
         what = f"plain fine-tuning answers none of {len(texts)} harmful prompts that W refuses"
-        remedy = "set quantize.safety.dpo=0, or give other prompts"
-        raise DataError(what, where="quantize.safety", remedy=remedy)
+        if not spec.anchor:
+            remedy = "give quantize.safety.anchor a weight, or other prompts"
+            raise DataError(what, where="quantize.safety", remedy=remedy)
+        warnings.warn(f"quantize.safety: {what}; its anchors are used alone", stacklevel=2)
     return flips
 
 

@@ -57,7 +57,7 @@ def flip_codes(
 
     Raises:
         ModelError: The grid of a layer has no neighbours (additive codebooks).
-        DivergedError: The loss is not finite.
+        DivergedError: The loss of Q0 is not finite.
         ResourceError: The ranks do not see the same folder.
     """
     loop = FlipLoop(engine, inputs, spec)
@@ -129,8 +129,7 @@ class FlipLoop:
         """Try one move and keep it or take it back; return the round's record."""
         began, self._seen = time.perf_counter(), 0
         if not self.state.round:
-            loss, means = self._probe_loss()
-            self.state = replace(self.state, loss=loss, means=means)
+            self.state = self._started()
         flipping = self.state.phase == FLIPPING
         move = self._flips() if flipping else self._undoing()
         kept = self._try(move, strictly=flipping)
@@ -138,6 +137,12 @@ class FlipLoop:
         self.state = self._next(kept, flip_count(move))
         self.history.append(record)
         return record
+
+    def _started(self) -> State:
+        loss, means = self._probe_loss()
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss of Q0 is {loss}", remedy="check Q0 and the pairs")
+        return replace(self.state, loss=loss, means=means)
 
     def _flips(self) -> Move:
         """Return the most promising flips, by the gradient on this round's rows."""
@@ -152,7 +157,10 @@ class FlipLoop:
         return undoing_move(self.layers, self.start, self._gradients.sums, self.state.size)
 
     def _try(self, move: Move, *, strictly: bool) -> bool:
-        """Make a move; take it back unless the probe loss falls (or, not strictly, stays)."""
+        """Make a move; take it back unless the probe loss falls (or, not strictly, stays).
+
+        A move that makes the loss infinite or NaN is taken back like any other.
+        """
         before = self.layers
         self._put(move)
         loss, means = self._probe_loss()
@@ -177,8 +185,9 @@ class FlipLoop:
 
     def _next_flips(self, state: State) -> State:
         spec, changed = self.spec, self.changed
-        if state.size < spec.at_least:
-            again = max(spec.at_least, spec.at_once // 4)
+        least = min(spec.at_least, spec.at_once)
+        if state.size < least:
+            again = max(least, spec.at_once // 4)
             state = replace(state, size=again, batch=state.batch + 1, failed=state.failed + 1)
         if state.failed <= spec.patience and state.round < spec.rounds and changed < spec.max_flips:
             return state
@@ -220,11 +229,7 @@ class FlipLoop:
         with torch.no_grad():
             means = self._pass(self._probe)
         # float32: the order in which workers' parts are added must not decide between equals.
-        total = float(self.loss.total(means).float())
-        if not math.isfinite(total):
-            remedy = "check Q0 and the pairs; checkpoints so far are kept"
-            raise DivergedError(f"the loss is {total} at round {self.state.round}", remedy=remedy)
-        return total, tuple(means.tolist())
+        return float(self.loss.total(means).float()), tuple(means.tolist())
 
     def _pass(self, rows: Sequence[int], *, backward: bool = False) -> Tensor:
         """Run this rank's pieces of some rows; return the kinds' means over all ranks."""

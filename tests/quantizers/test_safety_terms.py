@@ -139,9 +139,14 @@ def test_preferences_are_what_w_refuses_and_plain_fine_tuning_answers(
 
 
 def test_nothing_to_prefer_is_said(tiny_llama: Path, tmp_path: Path, files: dict[str, str]) -> None:
-    # A model of noise refuses nothing in words.
-    with pytest.raises(DataError, match=r"none of 1 harmful prompts.*quantize.safety.dpo=0"):
-        quantize(tiny_llama, tmp_path / "q", spec(files))
+    # A model of noise refuses nothing in words; the other term goes on alone.
+    with pytest.warns(UserWarning, match=r"none of 1 harmful prompts.*anchors are used alone"):
+        counts = quantize(tiny_llama, tmp_path / "q", spec(files)).counts
+    assert counts["safety"]["preferences"] == 0
+    assert counts["safety"]["losses"].keys() == {"anchor"}
+    alone = spec(files, anchor=0)
+    with pytest.raises(DataError, match=r"none of 1 harmful prompts.*anchor a weight"):
+        quantize(tiny_llama, tmp_path / "alone", alone)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from upath import UPath
 
 from qresafe.core.flips import best_flips
 from qresafe.core.grids import QuantizedTensor
-from qresafe.errors import DataError
+from qresafe.errors import DataError, DivergedError
 from qresafe.progress import Silent
 from qresafe.specs import PatchSpec
 from qresafe.stages.flip_loop import FlipLoop, flip_codes
@@ -145,6 +146,29 @@ def test_a_round_that_does_not_help_is_taken_back_and_the_next_tries_half() -> N
     for name, layer in inputs.quantized.items():
         assert torch.equal(loop.weights[name], layer.dense())
         assert torch.equal(loop.layers[name].codes, layer.codes)
+
+
+def test_a_move_that_breaks_the_model_is_taken_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = flip_spec()
+    loop = FlipLoop(LocalEngine(), patch_inputs(spec), spec)
+    means = loop._probe_loss()[1]
+    losses = iter([1.0, math.nan, math.inf, 0.5])
+    monkeypatch.setattr(loop, "_probe_loss", lambda: (next(losses), means))
+    assert [loop.advance()["kept"] for _ in range(3)] == [False, False, True]
+    assert loop.state.loss == 0.5
+    broken = FlipLoop(LocalEngine(), patch_inputs(spec), spec)
+    monkeypatch.setattr(broken, "_probe_loss", lambda: (math.nan, means))
+    with pytest.raises(DivergedError, match="the loss of Q0 is nan"):
+        broken.advance()
+
+
+def test_one_code_at_once_stays_one() -> None:
+    """Where `at_once` is 1 a failed round asks other rows; none tries the two of `at_least`."""
+    spec = flip_spec(at_once=1, at_least=2, patience=5)
+    loop = FlipLoop(LocalEngine(), patch_inputs(spec), spec)
+    tried = [loop.advance() for _ in range(6)]
+    assert {record["tried"] for record in tried} == {1}
+    assert any(record["kept"] for record in tried)
 
 
 def test_removing_undoes_flips_without_which_the_loss_does_not_rise(tmp_path: Path) -> None:
