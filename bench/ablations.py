@@ -20,7 +20,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,9 @@ from bench.processes import in_processes
 from qresafe.artifacts import content_key, write_text
 from qresafe.errors import UserError
 from qresafe.loading import merged, nested, read_yaml
+from qresafe.presets import load_experiment
+from qresafe.specs import ExperimentSpec
+from qresafe.variants import with_changes
 
 HERE = Path(__file__).parent
 BASES = ("W", "control", "Q0")  # measured once a seed, before everything that builds on them
@@ -49,6 +52,7 @@ class Row:
         settings: Of the experiment, on top of the preset.
         seed: Of all stages and of W.
         probe: {"every": steps, "prompts": count} where the patch is watched while it is trained.
+        preset: What the settings are on top of.
     """
 
     part: str
@@ -57,6 +61,17 @@ class Row:
     settings: dict[str, Any]
     seed: int
     probe: dict[str, int] = field(default_factory=dict)
+    preset: str = "demo"
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        """The whole experiment, but for its name and seed."""
+        return with_changes(load_experiment(self.preset), self.settings)
+
+    @property
+    def quantized(self) -> str:
+        """The same for rows that share their Q0."""
+        return content_key([self.spec.quantize.key_data(), self.seed])
 
 
 @dataclass(frozen=True)
@@ -104,15 +119,15 @@ def main() -> None:
     chosen = [row for row in wanted if not args.only or row.part in (*args.only, "bases")]
     if not args.page:
         last_start = time.time() + 60 * args.minutes
-        place = Place(
-            args.storage, args.split, args.device, args.batch_size, last_start, whole["preset"]
-        )
+        place = Place(args.storage, args.split, args.device, args.batch_size, last_start)
         measure_all(chosen, place, args.processes)
     if args.split == "test":
         from bench.ablations_page import write_page
 
         kept = [(row, kept_at(args.storage, row, args.split)) for row in wanted]
         found = [read(path, row) for row, path in kept if path.exists()]
+        if not found:
+            parser.error(f"no row is measured below {args.storage}")
         write_page(found, len(wanted), args.storage, args.plan)
 
 
@@ -145,6 +160,11 @@ def all_rows(seeds: Sequence[int], whole: dict[str, Any]) -> list[Row]:
 
 def rows(seed: int, whole: dict[str, Any]) -> Iterator[Row]:
     """Yield a plan's rows for one seed, what others build on first."""
+    for row in _rows(seed, whole):
+        yield replace(row, preset=whole["preset"])
+
+
+def _rows(seed: int, whole: dict[str, Any]) -> Iterator[Row]:
     asked = [name for name, part in _parts(whole).items() if seed in part["seeds"]]
     for arm in BASES if asked else ():
         yield Row("bases", arm, arm, {}, seed)
@@ -180,19 +200,18 @@ def _of_group(name: str, group: Mapping[str, Any], seed: int) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where, until when and on top of which preset rows are measured."""
+    """Where and until when rows are measured."""
 
     storage: str
     split: str
     device: str
     batch_size: int
     last_start: float
-    preset: str
 
 
 def kept_at(storage: str, row: Row, split: str = "test") -> Path:
-    """Return where a row's result is kept: by what is measured, whatever it is called."""
-    what = [row.arm, row.settings, row.seed, row.probe, split]
+    """Return where a row's result is kept: by what is measured, defaults included."""
+    what = [row.arm, row.spec.key_data({"storage"}), row.seed, row.probe, split]
     return Path(storage) / "rows" / f"{content_key(what)}.json"
 
 
@@ -204,15 +223,19 @@ def read(path: Path, row: Row) -> Found:
 
 
 def measure_all(wanted: Sequence[Row], place: Place, processes: int) -> None:
-    """Measure the rows that have no result yet; the bases first, a process per seed."""
+    """Measure the rows that have no result yet: the bases, one row of each Q0, the others."""
     (Path(place.storage) / "rows").mkdir(parents=True, exist_ok=True)
     by_result = {kept_at(place.storage, row, place.split): row for row in wanted}
-    missing = [row for path, row in by_result.items() if not path.exists()]
+    rest = [row for row in by_result.values() if row.part != "bases"]
     bases = [row for row in wanted if row.part == "bases"]
     seeds = [[row for row in bases if row.seed == seed] for seed in sorted({r.seed for r in bases})]
+    by_q0: dict[str, list[Row]] = {}
+    for row in rest:
+        by_q0.setdefault(row.quantized, []).append(row)
     work = partial(measure_rows, place=place)
     in_processes(work, seeds, processes)
-    in_processes(work, [[row] for row in missing if row.part != "bases"], processes)
+    in_processes(work, [rows[:1] for rows in by_q0.values()], processes)
+    in_processes(work, [[row] for rows in by_q0.values() for row in rows[1:]], processes)
 
 
 def measure_rows(wanted: Sequence[Row], place: Place) -> None:
@@ -240,7 +263,7 @@ def measured(row: Row, place: Place) -> Found:
     size = {"batch_size": place.batch_size}
     settings = merged(row.settings, {"evaluate": {"generate": size}})
     settings = merged(settings, {"pairs": size})
-    asked = DemoRow(row.part, row.label, row.arm, place.preset, settings, row.seed)
+    asked = DemoRow(row.part, row.label, row.arm, row.preset, settings, row.seed)
     # A race is watched while it trains: a patch that another row has trained was not.
     storage = f"{place.storage}/races" if row.probe else place.storage
     experiment = experiment_of(asked, place.split, storage, place.device)

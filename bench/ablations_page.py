@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.ablations import Found, kept_at, plan
 from bench.ablations_plots import curve_plot, races_plot, touched_plot
-from bench.kept import write_rows
+from bench.kept import between, write_rows
 from bench.touched import overlaps, rank_agreement, touched_shares
 from qresafe.stages.statistics import wilson
 
@@ -59,8 +59,7 @@ def _head(rows: Rows, planned: int, refused: int, name: str) -> str:
     command = "python -m bench.ablations" + (f" --plan {name}" if name else "")
     seeds = ", ".join(str(seed) for seed in sorted({one.row.seed for one in rows}))
     machines = "; ".join(sorted({one.hardware for one in rows}))
-    days = sorted({one.day for one in rows})
-    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    when = between(one.day for one in rows)
     n = next(one.cell.n["attack_success"] for one in rows if one.cell)
     some = f" {len(rows) + refused} of the plan's {planned} results"
     some += f", of which {refused} are refusals." if refused else "."
@@ -68,8 +67,9 @@ def _head(rows: Rows, planned: int, refused: int, name: str) -> str:
         "# Ablations of the patch, embedded model\n\n"
         f"Made by `{command}`, measured {when}; {machines}. Seeds "
         f"{seeds}; test split, {n} harmful prompts a seed.{some} Q0 is LLM-QAT INT4, fine-tuned "
-        "at risk III; every model is reloaded from disk. Shares in %: mean over seeds, per seed "
-        "in round brackets, in square brackets the 95 % Wilson interval of all seeds' prompts "
+        "at risk III, where nothing else is said; every model is reloaded from disk. Shares in %: "
+        "mean over seeds, per seed in round brackets, in square brackets the 95 % Wilson interval "
+        "of all seeds' prompts "
         "together, which take prompts for independent: the borderline ones are wordings of 40 "
         "phrases, so over-refusal is known less well than its figures look. `codes` are the codes "
         "changed in %, `s` the seconds of training on the device that is named, with other rows "

@@ -12,6 +12,7 @@ other machines are copied there, and a run that was stopped continues. Choices a
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import shutil
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.ablations import hardware
 from bench.demo import seeded
 from bench.quantizers import AXES, shares
 from qresafe.artifacts import content_key, write_text
@@ -69,6 +71,7 @@ class Found:
         codes, changed: How many codes there are, and how many the patch changed.
         seconds: Of training the patch, on one thread.
         curve: {"codes": n, measure: share, ...} on the way, over `LOOK_AT` prompts per axis.
+        hardware, day: What it was measured on, and when.
     """
 
     row: Row
@@ -77,6 +80,8 @@ class Found:
     changed: int
     seconds: float
     curve: list[dict[str, Any]]
+    hardware: str = ""
+    day: str = ""
 
 
 def main() -> None:
@@ -158,6 +163,8 @@ def measure(row: Row, storage: str, last_start: float) -> None:
         changed=counts["codes_changed"],
         seconds=experiment.patched.manifest.counts["seconds"],
         curve=curve_of(experiment),
+        hardware=hardware("cpu"),
+        day=f"{datetime.date.today()}",
     )
     shutil.copyfile(experiment.exported.path / "patch.qpatch", kept_patch(storage, row))
     write_text(place(storage, row), json.dumps(asdict(found)))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import matplotlib.pyplot as plt
 from bench.ablations_plots import touched_plot
 from bench.flips import GRIDS, LOOK_AT, SEEDS, Found, kept_patch
 from bench.flips import rows as planned_rows
+from bench.kept import between
 from bench.touched import overlaps, rank_agreement, touched_shares
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -61,9 +59,10 @@ def _head(found: Sequence[Found], split: str) -> str:
     planned = len(list(planned_rows(SEEDS, split)))
     return (
         "# Code flips against the LoRA patch\n\n"
-        f"Made by `make bench-flips` on {datetime.date.today()}, {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), seeds {', '.join(map(str, seeds))}, prompts of the {split} "
-        f"split; {len(found)} of {planned} rows. Mean over seeds, per seed in brackets. Every "
+        f"Made by `make bench-flips`, measured {between(one.day for one in found)}, "
+        f"{'; '.join(sorted({one.hardware for one in found}))}, seeds "
+        f"{', '.join(map(str, seeds))}, prompts of the {split} split; {len(found)} of {planned} "
+        "rows. Mean over seeds, per seed in brackets. Every "
         "model is reloaded from the checkpoint on disk. Flips learn by `patch.objective=sft`, the "
         "LoRA patch by its default (`kl`); the choices were made on development prompts "
         "(docs/design-notes.md). `s` is the wall time of making the patch on one thread, beside "

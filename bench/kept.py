@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,4 +26,10 @@ def write_rows(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     held = {kept["key"]: kept for kept in old} | {
         key: {"key": key, **kept} for key, kept in rows.items()
     }
-    file.write_text("".join(json.dumps(held[key]) + "\n" for key in sorted(held)))
+    write_text(file, "".join(json.dumps(held[key]) + "\n" for key in sorted(held)))
+
+
+def between(days: Iterable[str]) -> str:
+    """Return the day on which rows were measured, or the first and the last one."""
+    known = sorted(days)
+    return " to ".join(dict.fromkeys((known[0], known[-1])))

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.ablations import hardware
-from bench.kept import take, write_rows
+from bench.kept import between, take, write_rows
 from bench.processes import in_processes
 from qresafe.artifacts import content_key, write_text
 from qresafe.progress import Silent
@@ -189,13 +189,12 @@ def write_pages(wanted: Sequence[Task], storage: str, pages: Path = PAGES) -> No
         rows = [FilledRow(**kept["row"] | {"title": task.arm.arm.title}) for task, kept in found]
         machines = ", ".join(dict.fromkeys(one for _, kept in found for one in kept["hardware"]))
         write_rows({task.key: kept for task, kept in found}, pages / ROWS)
-        days = sorted({day for _, kept in found for day in kept["between"]})
+        when = between(day for _, kept in found for day in kept["between"])
         seeds = sorted({row.seed for row in rows})
         asked = [task for task in of_table if task.seed in seeds]
         about = (
             f"Made by `python -m bench.reproduce --only {name} "
-            f"--seeds {' '.join(map(str, seeds))}`, measured "
-            f"{' to '.join(dict.fromkeys((days[0], days[-1])))}; {machines}; "
+            f"--seeds {' '.join(map(str, seeds))}`, measured {when}; {machines}; "
             f"{len(found)} of {len(asked)} rows, one for each seed.{_timed(rows, seeds)}"
         )
         arms = list(dict.fromkeys(id(t.arm) for t in of_table))

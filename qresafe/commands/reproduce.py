@@ -74,7 +74,7 @@ def reproduce(
 
     asked = table_names() if ALL in tables else tuple(tables)
     given = with_shortcuts(overrides, workers=workers, storage=storage)
-    model, seeds = named(preset), seeds or [0]
+    model, seeds = named(preset), list(dict.fromkeys(seeds or [0]))
     plans = {name: planned(paper_table(name), model, given) for name in asked}
     if dry_run:
         _tell_plan(plans, len(seeds), cluster, as_json=as_json)

@@ -21,7 +21,7 @@ from qresafe.stages import qpatch
 from qresafe.variants import with_changes
 
 
-@pytest.mark.parametrize("name", ["", "extremes", "teachers"])
+@pytest.mark.parametrize("name", ["", "extremes", "qlora", "teachers"])
 def test_every_row_of_a_plan_is_a_valid_experiment_of_its_own(name: str) -> None:
     whole = plan(name)
     base = load_experiment(whole["preset"])
