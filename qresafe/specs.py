@@ -138,6 +138,12 @@ class MaskSpec(Spec):
     remask_every: Count = 50  # K of Algorithm 1; 0: mask once
     samples: AtLeastOne = 64
 
+    @model_validator(mode="after")
+    def _compare_preferences_only(self) -> MaskSpec:
+        if self.loss == "dpo" and self.rows == "all":
+            raise ValueError("loss: dpo compares two answers; set rows to preferences")
+        return self
+
 
 OBJECTIVE_PRESETS: dict[str, dict[str, float]] = {
     "default": {"dpo": 0.0, "nll": 0.0, "kl": 1.0, "anchor": 0.0},
@@ -252,20 +258,29 @@ class PatchSpec(Spec):
     offload: Literal["none", "optimizer", "parameters"] = "none"
     seed: int = 0
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether TRL trains it, on one device and without a mask."""
+        return self.method in ("dpo", "sft")
+
+    @property
+    def scores_by_gradient(self) -> bool:
+        """Whether its masks are made of SNIP's scores."""
+        masked = self.method == "masked_lora" and self.trains != "scales"
+        return masked and self.mask.score in ("snip", "set_difference")
+
     @model_validator(mode="after")
     def _of_our_method(self) -> PatchSpec:
         if self.start == "latent" and self.method != "masked_lora":
             raise ValueError("start: latent is of method masked_lora; set start to checkpoint")
         if self.trains != "codes" and self.method != "masked_lora":
             raise ValueError("scales are trained by method masked_lora; set trains to codes")
-        if self.updates == "full" and self.method not in ("dpo", "sft"):
+        if self.updates == "full" and not self.is_baseline:
             raise ValueError("updates: full is of methods dpo and sft; set updates to lora")
         if self.trains != "codes" and not self.through_grid:
             raise ValueError("scales are trained through the grid; set through_grid to true")
         if self.trains == "scales" and self.start == "latent":
-            raise ValueError(
-                "scales alone move no code; set start to checkpoint, or trains to both"
-            )
+            raise ValueError("scales alone move no code; set start to checkpoint or trains to both")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,15 @@ def dpo(
         model: Q0 with decoded float weights; changed in place. It is its own reference.
         tokenizer: Its tokenizer.
         rows: Of pairs.parquet; only preference rows are used.
-        spec: rank, alpha, beta, rate, warm-up, weight decay, batch size, steps and seed are the
+        spec: rank, alpha, beta, rate, warm-up, weight decay, batch sizes, steps and seed are the
             same as a patch's; `updates` is "lora" or "full".
         layers: Names of the linear layers to adapt, or to train whole: those that Q0 quantized.
         work: Folder for the trainer's files.
         progress: Advances by steps.
 
     Returns:
-        The model with what was trained in its weights, and the trainer's log of each step.
+        The model with what was trained in its weights, and the trainer's log of each step, with
+        its seconds. The start, and the pass over the reference, are in none of them.
 
     Raises:
         DataError: There is no preference row.
@@ -123,17 +125,19 @@ def _train(
     whole = spec.updates == "full"
     if whole:
         _free_only(model, layers)
+    stopwatch = _stopwatch(progress or Silent())
     trained = trainer(
         model=model,
-        args=arguments,
+        args=on_one_device(arguments),
         train_dataset=Dataset.from_list(data),
         processing_class=tokenizer,
         peft_config=None if whole else lora_config(spec, layers),
-        callbacks=[_advancing(progress or Silent())],
+        callbacks=[stopwatch],
     )
     trained.remove_callback(PrinterCallback)  # the log is returned, not printed
     trained.train()
-    log = [entry for entry in trained.state.log_history if "loss" in entry]
+    steps = [entry for entry in trained.state.log_history if "loss" in entry]
+    log = [entry | {"seconds": s} for entry, s in zip(steps, stopwatch.seconds, strict=True)]
     made = trained.model if whole else trained.model.merge_and_unload()
     return made.eval(), log
 
@@ -145,25 +149,48 @@ def _free_only(model: Any, layers: Sequence[str]) -> None:
         model.get_submodule(name).weight.requires_grad_(True)
 
 
-def _advancing(progress: Progress) -> Any:
+def _stopwatch(progress: Progress) -> Any:
     from transformers import TrainerCallback
 
-    class Advancing(TrainerCallback):  # type: ignore[misc]
+    class Stopwatch(TrainerCallback):  # type: ignore[misc]
+        """Takes the seconds of every step, and shows it."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
             progress.advance()
 
-    return Advancing()
+    return Stopwatch()
+
+
+def on_one_device(arguments: Any) -> Any:
+    """Let a trainer use one GPU where it sees several: TRL refuses to wrap a model for them."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def trainer_arguments(spec: PatchSpec, rows: int, work: Path) -> dict[str, Any]:
-    """Return transformers' training arguments that mean the same as a patch's spec."""
+    """Return transformers' training arguments that mean the same as a patch's spec.
+
+    A step's rows go through the model in equal parts, of `micro_batch_size` or fewer.
+    """
     import torch
 
+    batch = max(1, min(spec.batch_size, rows))
+    fitting = range(1, min(spec.micro_batch_size, batch) + 1)
+    micro = max(size for size in fitting if batch % size == 0)
     return {
         "output_dir": str(work),
         "max_steps": spec.steps or -1,
         "num_train_epochs": spec.epochs,
-        "per_device_train_batch_size": max(1, min(spec.batch_size, rows)),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": batch // micro,
         "learning_rate": spec.lr,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": spec.warmup_steps,

@@ -66,7 +66,7 @@ class Patching:
         bits: Of a code in memory; codes of 8 and more are not packed.
         accumulates: Whether a step has several micro-batches, so that gradients wait.
         remasks: Whether masks are renewed once the optimizer has its state.
-        snip: Whether masks come from SNIP.
+        snip: Whether masks come from SNIP's scores.
         checkpointing: Whether activations are computed again in the backward pass.
         zero_stage: DeepSpeed's.
         world_size: Processes that train together.

@@ -39,7 +39,7 @@ def patching(
         bits=8 if plain else bits,
         accumulates=spec.batch_size > spec.micro_batch_size * workers,
         remasks=spec.mask.remask_every > 0,
-        snip=spec.mask.score == "snip" and not plain and spec.trains != "scales",
+        snip=spec.scores_by_gradient,
         checkpointing=spec.gradient_checkpointing,
         zero_stage=spec.zero_stage if distributed else 0,
         world_size=workers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qresafe.planning import memory
@@ -133,7 +133,8 @@ class _Planner:
         self.spec, self.shape, self.cluster, self.patched = spec, shape, cluster, patched
         self.rows: Workload = workload(spec)
         self.known: Assumptions = assumptions()
-        self.workers = cluster.count  # that train; to answer, some may stand together
+        # That train, TRL on one; to answer, some may stand together.
+        self.workers = 1 if spec.patch.is_baseline else cluster.count
         self.each = gpus_of(spec, cluster)
         self.answering = cluster.count // self.each
         self.teachers = teachers_of(spec, self.answering)
@@ -173,7 +174,7 @@ class _Planner:
         yield self._patch()
 
     def _stage(self, name: str, parts: Parts, seconds: float, **more: Any) -> StagePlan:
-        given = {"devices": self.workers, "measured": True} | more
+        given = {"devices": self.cluster.count, "measured": True} | more
         return StagePlan(
             name=name,
             parts={part: size for part, size in parts.items() if size},
@@ -191,14 +192,16 @@ class _Planner:
         if method.method == "checkpoint":
             return
         needs = quantizing(method, self.shape, self.known, self.cluster.device)
-        copies = 2 if self.spec.control and method.method in {"llm_qat", "qlora"} else 1
+        safety = getattr(method, "safety", None)  # which learns from the control's answers
+        control = self.spec.control or safety is not None
+        copies = 2 if control and method.method in {"llm_qat", "qlora"} else 1
         seconds = copies * self._compute(needs.flops, self.known.train_utilisation, 1)
         yield self._stage(
             f"quantize ({spec.method})",
             needs.parts,
             seconds + needs.scores * self.known.search_bytes / self.cluster.bandwidth,
             devices=1,
-            measured=method.method == "llm_qat",
+            measured=method.method == "llm_qat" and safety is None,
             host=float(self.shape.bytes * self.shape.parameters),
         )
 
@@ -251,10 +254,11 @@ class _Planner:
         return self._stage("pairs (W's distributions)", parts, seconds, measured=False)
 
     def _compares(self) -> bool:
+        """Return whether Q0's own log-probs are read; TRL's DPO takes them on its way."""
         spec = self.spec.patch
-        masked = spec.mask.score == "snip" and spec.trains != "scales"
-        scores = masked and spec.mask.loss == "dpo"
-        return spec.method != "sft" and (spec.objective.dpo > 0 or scores)
+        if spec.is_baseline:
+            return spec.method == "dpo"
+        return spec.objective.dpo > 0 or (spec.scores_by_gradient and spec.mask.loss == "dpo")
 
     def _reference(self) -> StagePlan:
         pairs = self.spec.pairs
@@ -274,6 +278,8 @@ class _Planner:
 
     def _patch(self) -> StagePlan:
         spec, shape = self.spec.patch, self.shape
+        if spec.updates == "full":  # in float32
+            shape = replace(shape, bytes=4)
         on_ray = self.spec.resources.workers > 0
         how = patching(
             spec,
@@ -281,7 +287,7 @@ class _Planner:
             self._group_size(),
             self.cluster.device,
             bits=code_bits(self.spec.quantize),
-            distributed=on_ray,
+            distributed=on_ray and not spec.is_baseline,
         )
         answer, sequences, kl = self._row()
         columns = self.known.prompt_tokens + answer
@@ -305,10 +311,11 @@ class _Planner:
         renewals = 1 + (steps // spec.mask.remask_every if spec.mask.remask_every else 0)
         if how.snip:
             samples = min(spec.mask.samples, max(1, self.rows.pool))
-            flops += renewals * samples * scoring.columns * self._flops_per_token()
+            kinds = 2 if spec.mask.score == "set_difference" else 1  # refusals, benign answers
+            flops += kinds * renewals * samples * scoring.columns * self._flops_per_token()
         seconds = self._compute(flops, self.known.train_utilisation, self.workers)
         host = max(self._host(), self._packed() + memory.offloaded(shape, how))
-        return self._stage("patch", parts, seconds, host=host)
+        return self._stage("patch", parts, seconds, host=host, devices=self.workers)
 
     def _flips(self, how: Patching, batch: Batch) -> StagePlan:
         """Return the discrete patch, with all the rounds that it may take, each on other rows."""

@@ -69,7 +69,7 @@ def _llm_qat(
     method: LlmQatSpec, shape: ModelShape, known: Assumptions, device: Device
 ) -> Quantizing:
     answer = known.prompt_tokens
-    batch = Batch(method.batch_size, 2 * answer, method.batch_size * answer)
+    batch = _with_safety(Batch(method.batch_size, 2 * answer, method.batch_size * answer), method)
     parts = memory.full_training(
         shape,
         batch,
@@ -81,6 +81,16 @@ def _llm_qat(
     )
     per_weight = FULL + FORWARD * method.gradient_checkpointing
     return Quantizing(parts, per_weight * shape.parameters * _steps(method, known) * batch.tokens)
+
+
+def _with_safety(batch: Batch, method: LlmQatSpec) -> Batch:
+    """Return a batch of chats with the rows that safety terms add to the same backward pass."""
+    if (spec := method.safety) is None:
+        return batch
+    rows = spec.batch_size * (2 * bool(spec.dpo) + bool(spec.anchor))
+    tokens = rows * (batch.columns // 2 + spec.max_new_tokens)  # a prompt and an answer each
+    sequences = batch.sequences + math.ceil(tokens / batch.columns)
+    return Batch(sequences, batch.columns, batch.answers + rows * spec.max_new_tokens)
 
 
 def _aqlm(method: AqlmSpec, shape: ModelShape, known: Assumptions) -> Quantizing:

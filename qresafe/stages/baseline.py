@@ -1,18 +1,19 @@
 """The usual repairs beside ours: TRL's DPO or SFT, rounded to Q0's grid afterwards.
 
-They train in this process, on decoded weights and without a mask, and leave what the patch stage
-leaves (codes.safetensors, delta.safetensors, history.jsonl), so that the same export deploys them.
+They train in this process, on one GPU if it has any, on decoded weights and without a mask, and
+leave what the patch stage leaves (codes.safetensors, delta.safetensors, history.jsonl), so that the
+same export deploys them.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from upath import UPath
 
 from qresafe.core.grids import QuantizedTensor
@@ -34,7 +35,7 @@ class BaselineJob:
     Attributes:
         q0: The quantized checkpoint.
         pairs: Path of pairs.parquet.
-        spec: rank, alpha, rate, batch size, steps and seed mean what they mean for a patch.
+        spec: rank, alpha, rate, batch sizes, steps and seed mean what they mean for a patch.
     """
 
     q0: ModelInput
@@ -57,9 +58,10 @@ class BaselineJob:
     def run_local(self, folder: UPath, progress: Progress) -> None:
         """Train and round, in this process."""
         ref = self.q0.ref.on_this_machine()
-        model, quantized = load_dense(ref.path)
+        # A step of all weights is often less than bfloat16 can add to them.
+        whole = self.spec.updates == "full"
+        model, quantized = load_dense(ref.path, torch.float32 if whole else None)
         train = {"dpo": baselines.dpo, "sft": baselines.sft}[self.spec.method]
-        began = time.perf_counter()
         with tempfile.TemporaryDirectory() as work:
             trained, log = train(
                 model,
@@ -70,9 +72,8 @@ class BaselineJob:
                 work=Path(work),
                 progress=progress,
             )
-        seconds = time.perf_counter() - began
         changed = _write(trained, quantized, folder)
-        write_history(folder, _history(log, self.spec.method, seconds, changed))
+        write_history(folder, _history(log, self.spec.method, changed))
 
 
 def _write(model: Any, quantized: Mapping[str, QuantizedTensor], folder: UPath) -> float:
@@ -93,16 +94,14 @@ def _write(model: Any, quantized: Mapping[str, QuantizedTensor], folder: UPath) 
     return changed / total
 
 
-def _history(
-    log: Sequence[Mapping[str, float]], term: str, seconds: float, changed: float
-) -> list[dict[str, Any]]:
-    """Return history.jsonl's records; the trainer's time is spread evenly over its steps."""
+def _history(log: Sequence[Mapping[str, float]], term: str, changed: float) -> list[dict[str, Any]]:
+    """Return history.jsonl's records."""
     records: list[dict[str, Any]] = [
         {
             "step": step,
             "loss": entry["loss"],
             "parts": {term: entry["loss"]},
-            "seconds": seconds / len(log),
+            "seconds": entry["seconds"],
             "tokens": 0,  # the trainers count none per step
         }
         for step, entry in enumerate(log, 1)

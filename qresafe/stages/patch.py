@@ -26,7 +26,6 @@ from qresafe.stages.train_engine import LocalEngine, TrainEngine
 from qresafe.storage import local_folder
 
 CODE_VERSION = 1
-BASELINES = ("dpo", "sft")
 
 
 @dataclass(frozen=True)
@@ -167,11 +166,9 @@ def key_spec(spec: PatchSpec) -> dict[str, Any]:
 
 def needs_reference(spec: PatchSpec) -> bool:
     """Return whether a patch with this spec reads Q0's own log-probs of the answers."""
-    if spec.method in BASELINES:
+    if spec.is_baseline:
         return False  # TRL takes its own
-    masked = spec.method == "masked_lora" and spec.trains != "scales"
-    scored = masked and spec.mask.score == "snip"
-    return spec.objective.dpo > 0 or (scored and spec.mask.loss == "dpo")
+    return spec.objective.dpo > 0 or (spec.scores_by_gradient and spec.mask.loss == "dpo")
 
 
 def _job(
@@ -183,7 +180,7 @@ def _job(
     latents: UPath | None,
 ) -> PatchJob | BaselineJob:
     rows = str(pairs.path / "pairs.parquet")
-    if spec.method in BASELINES:
+    if spec.is_baseline:
         return BaselineJob(q0, rows, spec)
     where = str(reference.path / "reference.parquet") if reference else None
     started = str(latents) if latents is not None and spec.start == "latent" else None

@@ -110,6 +110,37 @@ def test_baseline_changes_the_adapted_layers_only(
     assert changed == {f"{name}.weight" for name in layers}
 
 
+@pytest.mark.parametrize("method", [baselines.dpo, baselines.sft])
+def test_a_step_in_parts_is_the_whole_step(method: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Four rows at once, or two and two whose gradients are added: the same losses and weights."""
+    found = []
+    for micro in (4, 3):  # of four rows, parts of three are not equal: two and two
+        model = tiny_model()
+        layers = list(quantize_in_place(model))
+        spec = SPEC.model_copy(update={"batch_size": 4, "micro_batch_size": micro})
+        args = baselines.trainer_arguments(spec, 5, tmp_path)
+        assert args["per_device_train_batch_size"] == (4 if micro == 4 else 2)
+        found.append(
+            method(model, tokenizer, preference_rows(), spec, layers=layers, work=tmp_path)
+        )
+    (whole, log), (parts, log_of_parts) = found
+    assert [e["loss"] for e in log] == pytest.approx([e["loss"] for e in log_of_parts], rel=1e-4)
+    assert all(entry["seconds"] > 0 for entry in log)
+    start = tiny_model()
+    quantize_in_place(start)
+    for name, value in whole.state_dict().items():
+        moved = (value - start.state_dict()[name]).abs().max()
+        assert (value - parts.state_dict()[name]).abs().max() <= 0.02 * moved
+
+
+def test_several_gpus_are_one(tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    arguments = SFTConfig(**baselines.trainer_arguments(SPEC, 4, tmp_path))
+    arguments._n_gpu = 4
+    assert baselines.on_one_device(arguments).n_gpu == 1
+
+
 def test_baseline_without_rows_is_a_data_error(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_model()
     layers = list(quantize_in_place(model))

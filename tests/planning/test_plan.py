@@ -240,6 +240,38 @@ def test_more_gpus_take_less_time_and_no_more_memory() -> None:
     assert eight.peak.bytes <= four.peak.bytes
 
 
+def test_trl_trains_on_one_gpu() -> None:
+    """So its patch takes the memory of one of four, and the hours of one."""
+    four, one = (
+        next(stage for stage in planned(cluster, "patch.method=sft")[1].stages
+             if stage.name == "patch")
+        for cluster in ("4xA100-80", "1xA100-80")
+    )  # fmt: skip
+    assert four.devices == one.devices == 1
+    assert (four.bytes, four.seconds) == (one.bytes, one.seconds)
+
+
+def test_all_weights_are_trained_in_float32() -> None:
+    """4 bytes of the weight, 4 of its gradient and 8 of AdamW's moments, 7 B times: over 80 GB."""
+    spec, plan = planned("1xH200-141", "patch.method=sft", "patch.updates=full")
+    (stage,) = (stage for stage in plan.stages if stage.name == "patch")
+    assert stage.bytes > 16 * shape_of(spec.model).quantized
+
+
+def test_a_set_difference_scores_twice() -> None:
+    """Every other setting alike, it costs SNIP's passes once more, on benign answers."""
+    seconds = {
+        score: next(
+            stage.seconds
+            for stage in planned("4xA100-80", f"patch.mask.score={score}")[1].stages
+            if stage.name == "patch"
+        )
+        for score in ("random", "snip", "set_difference")
+    }
+    once = seconds["snip"] - seconds["random"]
+    assert seconds["set_difference"] - seconds["random"] == pytest.approx(2 * once)
+
+
 def test_rows_that_are_not_patched_need_less() -> None:
     spec = load_experiment(PRESET)
     whole = need(spec, parse_cluster("4xA100-80"))

@@ -9,7 +9,7 @@ import pytest
 from qresafe.planning.quantizing import chats_of, quantizing
 from qresafe.planning.shapes import from_config
 from qresafe.planning.workload import assumptions
-from qresafe.quantize_specs import AqlmSpec, CalibrationSpec, LlmQatSpec, QloraSpec
+from qresafe.quantize_specs import AqlmSpec, CalibrationSpec, LlmQatSpec, QloraSpec, SafetySpec
 
 KNOWN = assumptions()
 SHAPE = from_config(
@@ -52,6 +52,15 @@ def test_checkpointing_adds_a_forward_pass() -> None:
     plain, again = (LlmQatSpec(gradient_checkpointing=on) for on in (False, True))
     first, second = (quantizing(spec, SHAPE, KNOWN, "gpu").flops for spec in (plain, again))
     assert second / first == pytest.approx(8 / 6)
+
+
+def test_safety_terms_add_their_rows_to_every_step() -> None:
+    """32 chats of 256 tokens; 16 anchors and twice 16 answers of 128 + 64: 8192 + 9216 tokens."""
+    plain, safe = (
+        quantizing(LlmQatSpec(safety=terms), SHAPE, KNOWN, "gpu") for terms in (None, SafetySpec())
+    )
+    assert safe.flops / plain.flops == pytest.approx((8192 + 9216) / 8192)
+    assert sum(safe.parts.values()) > sum(plain.parts.values())
 
 
 def test_aqlm_compares_every_group_with_every_vector() -> None:

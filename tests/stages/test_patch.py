@@ -79,7 +79,11 @@ def test_patch_says_what_is_missing(q0: ModelInput, tmp_path: Path) -> None:
 def test_reference_is_needed_by_the_dpo_term_and_the_dpo_score() -> None:
     assert needs_reference(patch_spec(objective="paper"))
     assert not needs_reference(patch_spec(objective="default"))
-    assert needs_reference(patch_spec(objective="default", mask={"loss": "dpo"}))
+    for score, needed in {"snip": True, "set_difference": True, "random": False}.items():
+        mask = {"loss": "dpo", "score": score}
+        assert needs_reference(patch_spec(objective="default", mask=mask)) == needed
+    for method in ("dpo", "sft"):  # TRL takes its own
+        assert not needs_reference(patch_spec(objective="paper", method=method))
 
 
 def test_a_patch_from_latent_weights_moves_more_codes(

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patching import patch_spec, random_pairs, reference_of, tiny_model
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from qresafe.core.objectives import objective
@@ -78,6 +79,11 @@ def test_mask_rows_are_preferences_else_answers() -> None:
     assert len(no_preference.mask_rows(MaskSpec(samples=3), seed=0)) == 3
     with pytest.raises(DataError, match="no pair is a preference"):
         no_preference.mask_rows(MaskSpec(samples=3, loss="dpo"), seed=0)
+
+
+def test_rows_without_a_second_answer_have_no_dpo_score() -> None:
+    with pytest.raises(ValidationError, match="set rows to preferences"):
+        MaskSpec(rows="all", loss="dpo")
 
 
 def test_mask_rows_of_every_kind_and_of_benign_answers() -> None:

@@ -63,8 +63,9 @@ def _figure(
     experiment: Experiment, cell: str, results: Results, mt_bench: MtBench | None
 ) -> Figure | None:
     if cell == "hours":
-        seconds = experiment.patched.manifest.counts["seconds"]
-        return Figure(seconds * max(experiment.spec.resources.workers, 1) / 3600)
+        spec, counts = experiment.spec, experiment.patched.manifest.counts
+        devices = 1 if spec.patch.is_baseline else max(spec.resources.training.workers, 1)
+        return Figure(counts["seconds"] * devices / 3600)
     if cell == "codes_changed":
         return Figure(experiment.exported.manifest.counts["fraction_changed"])
     arm, _, measure = cell.partition(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scipy import stats
@@ -12,7 +13,9 @@ from qresafe.cli import main
 from qresafe.embedded.calibration import OBEDIENT_AGENT
 from qresafe.errors import SpecError
 from qresafe.progress import Silent
+from qresafe.specs import ExperimentSpec
 from qresafe.stages.reproduce.filled import FilledRow, filled
+from qresafe.stages.reproduce.measure import figures
 from qresafe.stages.reproduce.page import Compared, cell_text, compared, page
 from qresafe.stages.reproduce.plan import PlannedArm, planned
 from qresafe.stages.reproduce.tables import PaperArm, paper_table, preset, preset_names, table_names
@@ -96,6 +99,17 @@ def test_hours_of_two_machines_are_not_subtracted() -> None:
     row = FilledRow(title=arms[0].arm.title, seed=0, figures={"hours": (0.02, 0)})
     text = page(paper_table("table6"), arms, [row], preset("embedded"), "Made here.")
     assert "| 0.02 · paper 8.4 |" in text
+
+
+@pytest.mark.parametrize(("method", "devices"), [("masked_lora", 16), ("sft", 1)])
+def test_hours_are_those_of_all_devices_that_train(method: str, devices: int) -> None:
+    """Two workers of eight GPUs train as sixteen; TRL trains on one."""
+    spec = ExperimentSpec.model_validate(
+        {"patch": {"method": method}, "resources": {"workers": 2, "gpus_per_worker": 8}}
+    )
+    trained = SimpleNamespace(manifest=SimpleNamespace(counts={"seconds": 1800.0}))
+    found = figures(SimpleNamespace(spec=spec, patched=trained), ["hours"])
+    assert found["hours"].value == pytest.approx(0.5 * devices)
 
 
 TOY = [
