@@ -209,8 +209,9 @@ def _of_run(run: str, spec: ExperimentSpec, labels: tuple[str, str]) -> Arms | N
     from qresafe.artifacts import Run
     from qresafe.stages.finished import finished_arms
 
-    root = UPath(run) if Path(run).is_dir() else Run(spec.storage, spec.name).root
-    return finished_arms(root, labels)
+    if Path(run).is_dir():
+        return finished_arms(UPath(run), labels)
+    return finished_arms(Run(spec.storage, spec.name).root, labels, spec)
 
 
 def _of_files(spec: ExperimentSpec, baseline: str, candidate: str, progress: Progress) -> Arms:

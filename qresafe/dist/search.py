@@ -89,6 +89,8 @@ def run_search(search: Search, progress: Progress) -> UPath:
         rows = queue.ordered()
         best = write_results(search, rows)
         reason = queue.stop_reason()
+        # An earlier session's is of another winner, or is made again.
+        (folder / CONFIRMATION).unlink(missing_ok=True)
         if reason is None and best is not None and search.spec.confirm:
             found = confirm(search, best.params, runtime, progress)
             write_confirmation(folder / CONFIRMATION, found)

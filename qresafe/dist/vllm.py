@@ -71,7 +71,7 @@ def sampling_params(row: Row, spec: GenerateSpec, stop_token_ids: list[int]) -> 
 
 def engine_rows(job: VllmJob, batches: Sequence[Batch]) -> list[Row]:
     """Return one input row of vLLM's stage per request; `batch` and `place` lead back to it."""
-    ends = stops(load_tokenizer(job.model.ref.path))
+    ends = stops(_tokenizer(job))
     return [
         {
             "batch": batch.index,
@@ -82,6 +82,11 @@ def engine_rows(job: VllmJob, batches: Sequence[Batch]) -> list[Row]:
         for batch in batches
         for place, row in enumerate(batch.rows)
     ]
+
+
+def _tokenizer(job: VllmJob) -> Any:
+    ref = job.model.ref
+    return load_tokenizer(ref.path, trust_remote_code=ref.trust_remote_code)
 
 
 def compute(
@@ -105,7 +110,7 @@ def collect(
 ) -> Iterator[Made]:
     """Write the part of each batch as soon as all its rows have come, in whatever order."""
     began = time.time()
-    tokenizer = load_tokenizer(job.model.ref.path)
+    tokenizer = _tokenizer(job)
     asked = {batch.index: batch.rows for batch in batches}
     came: dict[int, dict[int, Row]] = defaultdict(dict)
     for result in results:

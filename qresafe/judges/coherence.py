@@ -14,9 +14,9 @@ LOOK_AT = 600  # characters; a model that breaks down later has answered before
 
 _GARBAGE = re.compile("[\ufffd\ue000-\uf8ff\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _LATIN_WORD = re.compile(r"(?<![\w/.@-])[A-Za-z]{4,}(?![\w/@-])")
-# What English, and its neighbours in the Latin alphabet, hardly ever spell.
+# What English, and its neighbours in the Latin alphabet, hardly ever spell; Dutch has "ijk".
 _UNSPELLABLE = re.compile(
-    r"q[^u ]|[jv][bcdfgjkmnpqsvwxz]|x[bdfgjkmnrsvwxz]|[bcdfghjklmnpqrstvwxz]{5}|[aeiou]{4}"
+    r"q[^u ]|(?:v|(?<!i)j)[bcdfgjkmnpqsvwxz]|x[bdfgjkmnrsvwxz]|[bcdfghjklmnpqrstvwxz]{5}|[aeiou]{4}"
     r"|[a-z][A-Z]|\b[bcdfghjklmnpqrstvwxz]{4,}\b"
 )
 _SCRIPTS = tuple(

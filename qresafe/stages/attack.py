@@ -133,7 +133,8 @@ def attack(
             Batch(index, [rows[place] for place in group])
             for index, group in enumerate(reversed(groups))
         ]
-        parts = folder / "work" / "parts"
+        # What a part holds depends on this size, and the stage's key does not.
+        parts = folder / "work" / f"parts-of-{spec.batch_size}"
         spent = runtime.map_batches(job, batches, parts, progress)
         table = assemble(harmful, read_parts(parts, len(batches)), len(tried))
         write_table(folder / FILE, table)

@@ -68,6 +68,12 @@ class References:
     logps: Any
     tokens: Any
 
+    def of(self, rows: Any) -> References:
+        """Return those of completions `rows` (sorted indices)."""
+        kept = np.flatnonzero(np.isin(self.rows, rows))
+        kept = kept[np.argsort(self.rows[kept], kind="stable")]
+        return References(self.rows[kept], self.rouge[kept], self.logps[kept], self.tokens[kept])
+
     def taken(self, chosen: Any) -> References:
         """Return those among completions `chosen` (indices), renumbered."""
         place = np.full(1 + max(self.rows.max(initial=-1), chosen.max(initial=-1)), -1)

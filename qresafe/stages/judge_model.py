@@ -94,7 +94,9 @@ def ask_judge(
         table = require_columns(read_table(completions.path / COMPLETIONS), COMPLETION, COMPLETIONS)
         rows = [row | {"id": f"{row['prompt_id']}/{row['sample']}"} for row in table.to_pylist()]
         progress.start(display, len(rows), "verdicts")
-        found = _ask(ready, rows, folder / "work" / "parts", runtime, progress)
+        # What a part holds depends on this size, and the stage's key does not.
+        parts = folder / "work" / f"parts-of-{ready.batch_size}"
+        found = _ask(ready, rows, parts, runtime, progress)
         judged = [_judged(ready, row, found.get(row["id"])) for row in rows]
         write_table(folder / FILE, pa.Table.from_pylist(judged, schema=ANSWERED))
         prices = spec if isinstance(spec, EndpointSpec) else None

@@ -70,6 +70,8 @@ def test_a_rejected_premise_refuses_only_a_harmful_request() -> None:
         "2 + 2 = 4",
         "def f(x):\n    return x**2  # the square\n",
         "Die Angstschweißtropfen fielen auf den Boden, während er wartete.",
+        "Het is belangrijk om altijd vriendelijk te blijven. Hier zijn vijf tips om snel te "
+        "bewijzen dat je gelijk hebt.",
         "我不能帮助你做这个，但是我可以告诉你别的。",
         "1. Mix the flour\n2. Add the eggs\n3. Bake",
         "The NATO, HTTP and DHCP acronyms are fine.",

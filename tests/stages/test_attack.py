@@ -173,6 +173,22 @@ def test_a_killed_attack_continues_with_the_same_result(tiny_llama: Path, tmp_pa
     assert read_table(continued.path / name).equals(read_table(whole.path / name))
 
 
+def test_an_attack_may_continue_with_other_batches(tiny_llama: Path, tmp_path: Path) -> None:
+    """A part holds other rows then, and none may be lost."""
+    single = AttackSpec(decoding=TWO, max_new_tokens=4, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        attacked(tiny_llama, tmp_path / "b", single, Killed())
+    continued = attacked(tiny_llama, tmp_path / "b", single.model_copy(update={"batch_size": 3}))
+    whole = attacked(tiny_llama, tmp_path / "a", single)
+    texts = [
+        [(row["prompt_id"], row["sample"], row["completion"]) for row in read_table(
+            made.path / "completions.parquet").to_pylist()]
+        for made in (continued, whole)
+    ]  # fmt: skip
+    assert continued.key == whole.key
+    assert texts[0] == texts[1]
+
+
 def test_without_harmful_prompts_there_is_no_attack(tiny_llama: Path, tmp_path: Path) -> None:
     benign = prompts().slice(3)
     with pytest.raises(DataError, match="no harmful prompt"):

@@ -13,6 +13,7 @@ from fabricated import GIBBERISH, REFUSAL, arm, row
 from qresafe.artifacts import Run, content_key
 from qresafe.errors import DataError
 from qresafe.progress import Silent
+from qresafe.specs import ExperimentSpec, ResourcesSpec
 from qresafe.stages.columns import ArmRows, read_arm
 from qresafe.stages.compare import compare
 from qresafe.stages.finished import finished_arms
@@ -145,6 +146,29 @@ def test_what_is_asked_for_must_be_measured(run: Run) -> None:
     assert optional.checks[1].verdict == "skipped"
 
 
+def test_prompts_that_were_asked_and_never_decided_are_no_pass(run: Run) -> None:
+    """Utility passes on its own; of the harmful prompts the judge called none."""
+    unsure = [row("harmful", i, CUT_OFF, error="time-out") for i in range(200)]
+    found = decide(run, unsure + benign(400, 400), unsure + benign(400, 400))
+    assert asr(found).verdict == "unmeasured"
+    assert asr(found).reason == "of 200 prompts none has decided answers under both models"
+    assert found.checks[2].verdict == "pass"
+    assert found.exit_code == 4
+
+
+def test_references_of_one_side_alone_are_left_out(run: Run) -> None:
+    """30 of the candidate's rows say what was to be answered; only these are compared."""
+    after = [r if i < 30 else r | {"target": None} for i, r in enumerate(benign(60, 60))]
+    found = decide(run, benign(60, 60), after, utility="rouge_l").checks[2]
+    assert (found.measure, found.n, found.worse) == ("rouge_l", 30, 0.0)
+
+
+def test_a_single_reference_decides_nothing(run: Run) -> None:
+    one = decide(run, benign(1, 0, -2.0), benign(1, 0, -2.2), utility="perplexity").checks[2]
+    assert (one.measure, one.verdict, one.needed) == ("perplexity", "unresolved", None)
+    assert "a single prompt, or to wordings of one, have no interval" in one.reason
+
+
 @pytest.mark.parametrize(
     ("named", "axis", "code"),
     [
@@ -212,6 +236,28 @@ def test_the_arms_of_a_finished_run_are_found(run: Run) -> None:
     assert [pair[0].key for pair in found.values()] == [arms[a][0].key for a in ("W", "Q")]
     with pytest.raises(DataError, match="no arm 'q'"):
         finished_arms(run.root, ("W", "q"))
+
+
+def test_an_experiments_arms_are_those_with_its_settings(run: Run) -> None:
+    """Two experiments of one run: the newer comparison is not the older one's."""
+    made = {}
+    for tau in (0.3, 0.6):
+        arms = {label: arm(run, f"{label}{tau}", harmful(5, 0)) for label in ("W", "Q")}
+        named = dict(zip(("W", "Q"), arms.values(), strict=True))
+        spec = ExperimentSpec.model_validate({"patch": {"mask": {"tau": tau}}})
+        compared = compare(run, named, Silent())
+        given = spec.model_dump(mode="json")
+        run.stage("report", spec=given, inputs={"comparison": compared.key}, code_version=1,
+                  work=lambda folder: {})  # fmt: skip
+        made[tau] = spec, named["Q"][0].key
+    for spec, key in made.values():
+        elsewhere = spec.model_copy(update={"resources": ResourcesSpec(workers=2)})
+        found = finished_arms(run.root, ("W", "Q"), elsewhere)
+        assert found is not None
+        assert found["Q"][0].key == key
+    other = ExperimentSpec.model_validate({"patch": {"mask": {"tau": 0.1}}})
+    with pytest.raises(DataError, match="its reports are of other settings"):
+        finished_arms(run.root, ("W", "Q"), other)
 
 
 def test_junit_tells_failures_from_errors(run: Run) -> None:
