@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ from qresafe.errors import DataError, ModelError
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
+# What day it is for templates that ask (Llama 3.2, gpt-oss): prompts must not change overnight,
+# between W's answers and Q0's. It is the day that Llama 3.1's template names by itself.
+TODAY = datetime.date(2024, 7, 26)
 _PROBE = "qresafe-probe"  # survives any template's stripping, and occurs in none
 
 
@@ -27,13 +31,38 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[i
     Raises:
         ModelError: The template fails.
     """
+    text = prompt_text(tokenizer, prompt, system)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def prompt_text(tokenizer: Any, prompt: str, system: str | None = None) -> str:
+    """Return what `prompt_ids` encodes."""
     messages = [{"role": "system", "content": system}] if system else []
-    return render_ids(tokenizer, [*messages, {"role": "user", "content": prompt}])
+    return render(tokenizer, [*messages, {"role": "user", "content": prompt}])
 
 
-def answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of an assistant's answer, ending in the template's end-of-turn token."""
-    return [*tokenizer.encode(text, add_special_tokens=False), end_id(tokenizer)]
+def answer_ids(tokenizer: Any, context: str, text: str) -> list[int]:
+    """Return the ids of an assistant's answer, ending in the template's end-of-turn token.
+
+    Args:
+        tokenizer: The model's.
+        context: The rendered chat before it.
+        text: The answer.
+    """
+    return [*continued_ids(tokenizer, context, text), end_id(tokenizer)]
+
+
+def continued_ids(tokenizer: Any, context: str, text: str) -> list[int]:
+    """Return the ids of a text as a model would write it behind `context`.
+
+    Encoded alone it may begin otherwise: SentencePiece puts a space before it. Where the two
+    cannot be told apart, because a token spans both, it is encoded alone.
+    """
+    before = tokenizer.encode(context, add_special_tokens=False)
+    whole = tokenizer.encode(context + text, add_special_tokens=False)
+    if whole[: len(before)] == before:
+        return list(whole[len(before) :])
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -45,12 +74,18 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], li
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         remedy = "end every chat in an assistant message"
         raise DataError("a chat has no final assistant message", remedy=remedy)
-    context = render_ids(tokenizer, list(messages[:-1]))
-    return context, answer_ids(tokenizer, messages[-1]["content"])
+    context = render(tokenizer, list(messages[:-1]))
+    ids = list(tokenizer.encode(context, add_special_tokens=False))
+    return ids, answer_ids(tokenizer, context, messages[-1]["content"])
 
 
 def render_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Return the ids of a chat with the opening of the assistant's next turn.
+    """Return the ids of what `render` returns."""
+    return list(tokenizer.encode(render(tokenizer, messages), add_special_tokens=False))
+
+
+def render(tokenizer: Any, messages: list[Message]) -> str:
+    """Return a chat's text with the opening of the assistant's next turn.
 
     Where the template has no system role (Gemma's, Mistral's first), a system message goes in
     front of the first user message, as in Gemma 3's own template.
@@ -60,8 +95,7 @@ def render_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """
     if any(message["role"] == "system" for message in messages) and not has_system_role(tokenizer):
         messages = without_system_role(messages)
-    text = _render(tokenizer, messages, opening=True)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return _render(tokenizer, messages, opening=True)
 
 
 @functools.lru_cache(maxsize=16)
@@ -116,7 +150,12 @@ def end_id(tokenizer: Any) -> int:
 def _render(tokenizer: Any, messages: list[Message], *, opening: bool) -> str:
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+            tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=opening,
+                strftime_now=TODAY.strftime,
+            )
         )
     except Exception as error:  # a template is a program: it may fail in any way
         what = f"the chat template fails ({' '.join(str(error).split())[:200]})"

@@ -23,7 +23,13 @@ from qresafe.errors import ModelError
 from qresafe.hf.conv1d import conv1d_layers, straighten
 from qresafe.hf.formats.base import Codec, ScaleCodec
 from qresafe.hf.gguf_folder import gguf_file
-from qresafe.hf.models import check_folder, load_config, read_config, refuse_missing
+from qresafe.hf.models import (
+    check_folder,
+    load_config,
+    read_config,
+    refuse_missing,
+    take_decoding,
+)
 from qresafe.hf.overlaid import Overlays
 from qresafe.hf.tensor_files import TensorFiles
 from qresafe.leftovers import aside
@@ -337,4 +343,5 @@ def model_from_state(folder: Path, state: dict[str, Tensor], dtype: torch.dtype)
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     refuse_missing(loaded, folder)
+    take_decoding(model, folder)
     return model.eval()

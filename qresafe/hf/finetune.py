@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qresafe.errors import DataError, DivergedError
 from qresafe.hf.batching import length_plan, right_pad
+from qresafe.hf.half import scale_gradients
 from qresafe.progress import Progress, Silent
 
 Chat = tuple[list[int], list[int]]  # prompt ids, answer ids (with the end token)
@@ -79,6 +80,7 @@ def finetune(
     """
     _check(chats)
     trained = list(parameters)
+    scale = scale_gradients(model, trained)
     batch_loss = _batch_loss(model, loss, teacher)
     descent = _adamw(optimizer)(
         trained, lr=lr, betas=adam_betas, eps=adam_eps, weight_decay=weight_decay
@@ -95,7 +97,7 @@ def finetune(
         if extra is not None:
             value = value + extra(model)
         descent.zero_grad(set_to_none=True)
-        value.backward()
+        (value * scale).backward()
         torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         descent.step()
         schedule.step()

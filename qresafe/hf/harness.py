@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qresafe.errors import ResourceError, SpecError
-from qresafe.hf.models import ModelRef
+from qresafe.hf.models import ModelRef, load_model, load_tokenizer
 
 PACKAGE = "lm_eval"
 
@@ -55,6 +55,7 @@ def evaluate(
     """
     harness_version()
     from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include)
@@ -62,18 +63,14 @@ def evaluate(
         remedy = "list the names with `lm-eval ls tasks`"
         raise SpecError(f"lm-evaluation-harness has no task {unknown[0]!r}", remedy=remedy)
     place = ref.on_this_machine()
+    trust = place.trust_remote_code
+    # By name the harness would leave out what lies beside a checkpoint: weights kept in 16 bits.
+    model = load_model(place.path, dtype=place.dtype, device=device, trust_remote_code=trust)
+    tokenizer = load_tokenizer(place.path, trust_remote_code=trust, chat=chat)
     found = simple_evaluate(
-        model="hf",
-        model_args={
-            "pretrained": str(place.path),
-            "dtype": place.dtype,
-            "trust_remote_code": place.trust_remote_code,
-        }
-        | ({"revision": place.revision} if place.revision else {}),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),
         limit=limit,
-        batch_size=batch_size,
-        device=device,
         apply_chat_template=chat,
         task_manager=manager,
         log_samples=False,

@@ -251,6 +251,8 @@ def load_model(
     except Exception as error:  # whatever a config's odd values lead to
         raise _load_failure(error, folder) from error
     refuse_missing(loaded, folder)
+    if gguf:
+        take_decoding(model, folder)
     if is_spread(device):
         require_inside(model.hf_device_map, str(folder))
     if (folder / KEPT).is_file():
@@ -270,6 +272,22 @@ def _check_adapter(folder: Path) -> None:
 def beside_the_codes(folder: str | Path | UPath) -> str | None:
     """Return the file by which a checkpoint is more than its codes; other servers ignore it."""
     return next((n for n in (ADAPTER_CONFIG, KEPT) if (UPath(folder) / n).is_file()), None)
+
+
+def runs_own_code(folder: Path) -> bool:
+    """Return whether a model is of a kind that transformers does not know by itself."""
+    from transformers import CONFIG_MAPPING
+
+    config = read_config(folder)
+    return "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+
+
+def take_decoding(model: Any, folder: Path) -> None:
+    """Give a model that was not loaded from `folder` by name the end tokens that lie there."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def refuse_missing(loaded: dict[str, Any], folder: Path) -> None:

@@ -39,7 +39,7 @@ def within_memory(
         ModelError: The model cannot be loaded.
     """
     wanted = dtype or "auto"
-    if weight_bytes(folder, dtype) * SHARE <= free_memory():
+    if weight_bytes(folder, dtype) * SHARE <= min(free_memory(), _room_on(device)):
         yield load_model(folder, dtype=wanted, device=device)
         return
     from compressed_tensors.offload import from_accelerate, set_onload_device
@@ -57,6 +57,13 @@ def within_memory(
             if module._parameters and not isinstance(module, (nn.Linear, nn.Embedding)):
                 remove_module_offload(module, onload_tensors=True)
         yield model
+
+
+def _room_on(device: str) -> float:
+    """Return the bytes that a GPU has free; a CPU has what the machine has."""
+    if not device.startswith("cuda"):
+        return math.inf
+    return float(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:

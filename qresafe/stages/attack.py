@@ -14,7 +14,7 @@ from qresafe.artifacts import Artifact, Run
 from qresafe.benchmarks.base import sources_of
 from qresafe.errors import DataError
 from qresafe.hf.batching import length_plan
-from qresafe.hf.chat import prompt_ids
+from qresafe.hf.chat import continued_ids, prompt_ids, prompt_text
 from qresafe.hf.models import context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.progress import Progress
@@ -184,9 +184,10 @@ def requests(
     rows = []
     for framing in dict.fromkeys(cell.framing for cell in tried):
         places = [place for place, cell in enumerate(tried) if cell.framing == framing]
-        prefill = tokenizer.encode(framing.prefill, add_special_tokens=False)
         for prompt in prompts.to_pylist():
             asked = framing.ask(prompt["prompt"])
+            begun = prompt_text(tokenizer, asked, framing.system)
+            prefill = continued_ids(tokenizer, begun, framing.prefill)
             ids = [*prompt_ids(tokenizer, asked, framing.system), *prefill]
             if context is not None and len(ids) + spec.max_new_tokens > context:
                 what = f"{len(ids)} tokens and {spec.max_new_tokens} of the answer exceed {context}"

@@ -19,7 +19,7 @@ from upath import UPath
 from qresafe.core.grids import QuantizedTensor
 from qresafe.errors import DataError
 from qresafe.hf import baselines
-from qresafe.hf.checkpoint import load_dense
+from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
 from qresafe.hf.models import load_tokenizer
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress
@@ -58,9 +58,7 @@ class BaselineJob:
     def run_local(self, folder: UPath, progress: Progress) -> None:
         """Train and round, in this process."""
         ref = self.q0.ref.on_this_machine()
-        # A step of all weights is often less than bfloat16 can add to them.
-        whole = self.spec.updates == "full"
-        model, quantized = load_dense(ref.path, torch.float32 if whole else None)
+        model, quantized = load_dense(ref.path, self._dtype(ref.path))
         train = {"dpo": baselines.dpo, "sft": baselines.sft}[self.spec.method]
         with tempfile.TemporaryDirectory() as work:
             trained, log = train(
@@ -74,6 +72,15 @@ class BaselineJob:
             )
         changed = _write(trained, quantized, folder)
         write_history(folder, _history(log, self.spec.method, changed))
+
+    def _dtype(self, path: Any) -> torch.dtype | None:
+        """Return the type to train in; None: the checkpoint's own.
+
+        A step of all weights is often less than bfloat16 can add to them, and float16 loses small
+        gradients, for which the trainers have no scale.
+        """
+        half = QuantizedCheckpoint.open(path).dtype == torch.float16
+        return torch.float32 if half or self.spec.updates == "full" else None
 
 
 def _write(model: Any, quantized: Mapping[str, QuantizedTensor], folder: UPath) -> float:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from qresafe.errors import DataError, ResourceError
 from qresafe.failure import is_out_of_memory
-from qresafe.hf.chat import prompt_ids, render_ids
+from qresafe.hf.chat import continued_ids, prompt_ids, prompt_text, render_ids
 from qresafe.hf.models import beside_the_codes, context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.records import COMPLETION, PROMPT
@@ -132,7 +132,8 @@ def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> l
     rows = []
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt["prompt"], spec.system_prompt)
-        target = tokenizer.encode(prompt["target"] or "", add_special_tokens=False)
+        asked = prompt_text(tokenizer, prompt["prompt"], spec.system_prompt)
+        target = continued_ids(tokenizer, asked, prompt["target"] or "")
         follow_ups = prompt.get("follow_ups") or []
         before = _longest_prompt(tokenizer, prompt, spec) if follow_ups else len(ids)
         room = max(spec.max_new_tokens * (1 + len(follow_ups)), len(target))

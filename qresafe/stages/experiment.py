@@ -179,8 +179,8 @@ class Experiment:
         if arm not in ARMS:
             raise SpecError(f"no arm {arm!r}", remedy=nearest(arm, ARMS))
         made = self.quantized if arm in (CONTROL, Q0) else self.exported
-        folder = {CONTROL: "control", ADAPTER: "unrounded"}.get(arm, "checkpoint")
-        return ModelInput.in_folder(made.path / folder, f"{made.key}/{folder}")
+        name = {CONTROL: "control", ADAPTER: "unrounded"}.get(arm, "checkpoint")
+        return ModelInput.in_folder(made.path / name, f"{made.key}/{name}", self.spec.model.dtype)
 
     @cached_property
     def quantized(self) -> Artifact:

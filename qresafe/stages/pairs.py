@@ -16,7 +16,7 @@ from qresafe import records
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError
 from qresafe.hf.batching import length_plan
-from qresafe.hf.chat import answer_ids, prompt_ids
+from qresafe.hf.chat import answer_ids, prompt_ids, prompt_text
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.progress import Progress
 from qresafe.records import REFUSALS
@@ -196,10 +196,11 @@ def tokenize(rows: list[Row], tokenizer: Any) -> None:
     An endpoint's answers come without ids; where they were cut they have no end to be learned.
     """
     for row in rows:
+        context = prompt_text(tokenizer, row["prompt"])
         row["prompt_ids"] = prompt_ids(tokenizer, row["prompt"])
         for name in ("chosen", "rejected"):
             if not row[f"{name}_ids"]:
-                ids = answer_ids(tokenizer, row[name])
+                ids = answer_ids(tokenizer, context, row[name])
                 row[f"{name}_ids"] = ids[:-1] if row[f"{name}_finish"] == "length" else ids
 
 

@@ -25,6 +25,7 @@ from qresafe.core.patched import PatchedLinear
 from qresafe.errors import DivergedError, OutOfMemoryError, ResourceError
 from qresafe.failure import is_out_of_memory
 from qresafe.hf.answer_head import AnswerHead
+from qresafe.hf.half import scale_gradients
 from qresafe.hf.recompute import recompute_blocks
 from qresafe.process_log import log
 from qresafe.progress import Progress
@@ -169,6 +170,7 @@ class PatchLoop:
             for name, layer in self.layers.items()
             for kind, parameter in layer.trained.items()
         }
+        self.loss_scale = scale_gradients(self.model, factors.values())
         self.head = AnswerHead(self.model)
         if spec.gradient_checkpointing:
             recompute_blocks(self.model)
@@ -284,7 +286,7 @@ class PatchLoop:
             logits = self.head.logits(self.forward, batch.ids, batch.positions)
             losses = term_losses(logits, batch, beta)
             loss, parts = objective(losses, self.pool.weights, counts)
-            engine.backward(loss * bool(mine), last=number == len(shares) - 1)
+            engine.backward(loss * self.loss_scale * bool(mine), last=number == len(shares) - 1)
             if mine:
                 shown = [parts.get(name, 0.0) for name in counts]
                 seen = [float(loss.detach()), batch.tokens, *shown]

@@ -13,9 +13,10 @@ from upath import UPath
 
 from qresafe.artifacts import Artifact, Run, content_key
 from qresafe.embedded.calibration import calibration_chats, harmful_texts, safety_prompts
+from qresafe.errors import ModelError
 from qresafe.hf.checkpoint import bits_per_weight
 from qresafe.hf.gguf_folder import gguf_file
-from qresafe.hf.models import resolve
+from qresafe.hf.models import resolve, runs_own_code
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Progress, Silent
 from qresafe.quantize_specs import (
@@ -88,16 +89,21 @@ def check_ready(spec: QuantizeSpec, model: ModelInput) -> None:
 
     Raises:
         SpecError: A judge is not registered, or a layer to skip does not exist.
-        ModelError: A layer does not fit the method; or the checkpoint is missing, damaged, not
+        ModelError: The model runs code of its own; or a layer does not fit the method; or the
+            checkpoint is missing, damaged, not
             quantized, or of another model than W.
         DataError: Its chat template is not W's.
     """
+    folder = Path(model.ref.on_this_machine().path)
+    if runs_own_code(folder):
+        what = "it runs code of its own, and only models that transformers knows can be quantized"
+        raise ModelError(what, where=str(folder), remedy="use a model that transformers has")
     if isinstance(spec, Critical16Spec):
         judges.get(spec.judge)
     if not isinstance(spec, CheckpointSpec):
-        planned_layers.get(spec.method)(Path(model.ref.on_this_machine().path), spec)
+        planned_layers.get(spec.method)(folder, spec)
         return
-    found = find(spec, Path(model.ref.on_this_machine().path))
+    found = find(spec, folder)
     own = any(Path(found.path).glob("tokenizer*")) and not gguf_file(Path(found.path))
     if own:
         templates = {"W": template_key(model), "Q0": template_key(ModelInput(found, ""))}

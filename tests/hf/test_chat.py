@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qresafe.errors import DataError, ModelError
 from qresafe.hf import chat
@@ -21,7 +23,7 @@ def test_prompt_and_answer_ids(tokenizer: Any) -> None:
     letter = {c: tokenizer.convert_tokens_to_ids(c) for c in "hioky"}
     # <s>=1 </s>=2 <|user|>=4 <|assistant|>=5, as conftest numbers them
     assert chat.prompt_ids(tokenizer, "hi") == [1, 4, letter["h"], letter["i"], 2, 5]
-    assert chat.answer_ids(tokenizer, "ok") == [letter["o"], letter["k"], 2]
+    assert chat.answer_ids(tokenizer, "", "ok") == [letter["o"], letter["k"], 2]
     with_system = chat.prompt_ids(tokenizer, "hi", system="y")
     assert with_system == [1, 3, letter["y"], 2, 4, letter["h"], letter["i"], 2, 5]
 
@@ -66,7 +68,7 @@ def test_a_system_prompt_goes_to_the_user_where_the_template_has_no_role_for_it(
     context, answer = chat.chat_ids(tokenizer, dialogue)
     assert (context, answer) == (
         chat.prompt_ids(tokenizer, "s\n\nu"),
-        chat.answer_ids(tokenizer, "a"),
+        chat.answer_ids(tokenizer, "s\n\nu", "a"),
     )
     with pytest.raises(DataError, match="no user message"):
         chat.render_ids(tokenizer, dialogue[:1])
@@ -76,3 +78,27 @@ def test_a_template_that_breaks_is_named(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ 1 / 0 }}"
     with pytest.raises(ModelError, match="division by zero"):
         chat.prompt_ids(tokenizer, "hi", system="be kind")
+
+
+def test_an_answer_is_encoded_as_it_follows_the_prompt() -> None:
+    """SentencePiece puts a space before a text of its own, which no model writes after a line."""
+    letters = {letter: i for i, letter in enumerate(["<e>", "▁", "\n", "a", "o", "k"])}
+    core = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
+    assert tokenizer.encode("ok") == [1, 4, 5]
+    assert chat.continued_ids(tokenizer, "a\n", "ok") == [4, 5]
+    assert chat.answer_ids(tokenizer, "a\n", "ok") == [4, 5, 0]
+
+
+def test_a_token_that_spans_prompt_and_answer_is_taken_apart() -> None:
+    letters = {letter: i for i, letter in enumerate(["<e>", "a", "b", "ab"])}
+    core = Tokenizer(models.BPE(vocab=letters, merges=[("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
+    assert tokenizer.encode("ab") == [3]
+    assert chat.continued_ids(tokenizer, "a", "b") == [2]
+
+
+def test_prompts_are_the_same_every_day(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}"
+    assert chat.prompt_text(tokenizer, "hi") == "26 Jul 2024"

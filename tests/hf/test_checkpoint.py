@@ -71,6 +71,15 @@ def test_low_bits_take_little_room(tiny_llama: Path, tmp_path: Path) -> None:
     assert size["eight"] == 4 * size["two"]
 
 
+def test_a_decoded_model_stops_where_the_checkpoint_says(q0: Path, tmp_path: Path) -> None:
+    """Chat models often end at several tokens, which only generation_config.json names."""
+    folder = tmp_path / "ends"
+    shutil.copytree(q0, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7, 9]}))
+    model, _ = load_dense(folder)
+    assert model.generation_config.eos_token_id == [2, 7, 9]
+
+
 def test_the_dense_model_is_an_ordinary_one(q0: Path) -> None:
     model, _ = load_dense(q0, torch.bfloat16)
     assert not hasattr(model.config, "quantization_config")

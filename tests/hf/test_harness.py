@@ -9,7 +9,7 @@ import yaml
 
 from qresafe.errors import ResourceError, SpecError
 from qresafe.hf import harness
-from qresafe.hf.models import resolve
+from qresafe.hf.models import load_model, resolve
 from qresafe.specs import ModelSpec
 
 INSTALLED = importlib.util.find_spec("lm_eval") is not None
@@ -47,6 +47,22 @@ def test_a_local_task_through_its_own_api(tiny_llama: Path, tasks: Path) -> None
     found = harness.evaluate(ref, ["qresafe_sums"], include=str(tasks))
     # Both choices are right in half of the documents, so whatever the model prefers scores 1/2.
     assert found["qresafe_sums"]["acc,none"] == 0.5
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lm_eval (extra `harness`) is not installed")
+def test_the_model_is_the_one_that_answers(
+    tiny_llama: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is loaded as for answers, with what lies beside the codes."""
+    loaded: list[str] = []
+
+    def load(path: str, **options: object) -> object:
+        loaded.append(str(path))
+        return load_model(path, **options)
+
+    monkeypatch.setattr(harness, "load_model", load)
+    harness.evaluate(resolve(ModelSpec(path=str(tiny_llama))), ["qresafe_sums"], include=str(tasks))
+    assert loaded == [str(tiny_llama)]
 
 
 @pytest.mark.skipif(not INSTALLED, reason="lm_eval (extra `harness`) is not installed")

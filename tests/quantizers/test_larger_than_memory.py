@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def test_weights_lie_on_disk_where_memory_is_short(
                 logits = model(torch.arange(9)[None]).logits
             assert torch.equal(logits, load_model(tiny_llama)(torch.arange(9)[None]).logits)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that the host holds need not fit the device that it is to run on."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 10))
+    assert offloaded._room_on("cuda:0") == 7
+    assert offloaded._room_on("cpu") == math.inf
 
 
 BNB = [

@@ -57,6 +57,16 @@ def test_a_model_that_sees_is_refused(source: Path, method: str) -> None:
         check(source, spec(method=method))
 
 
+@pytest.mark.parametrize("method", EACH)
+def test_a_model_with_code_of_its_own_is_refused(source: Path, method: str) -> None:
+    configure(source, model_type="odd", auto_map={"AutoModelForCausalLM": "modeling_odd.Odd"})
+    with pytest.raises(ModelError, match=r"^it runs code of its own.*that transformers has\.$"):
+        check(source, spec(method=method))
+    # One that transformers knows is loaded by it, whatever lies beside.
+    configure(source, model_type="llama")
+    check(source, spec(method="rtn", group_size=32))
+
+
 def test_the_bases_and_the_methods_themselves_refuse_it_too(source: Path, tmp_path: Path) -> None:
     configure(source, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     nested = (QloraSpec(base=BnbSpec(format="int8")), Critical16Spec(base=BnbSpec()))

@@ -208,6 +208,20 @@ def test_first_dpo_loss_is_ln_2() -> None:
     assert loop.advance()["parts"]["dpo"] < math.log(2) - 1e-3
 
 
+def test_float16_learns_as_float32_does() -> None:
+    """What it rounds away is far less than what the losses change by."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        spec = patch_spec(steps=3)
+        inputs = patch_inputs(spec)
+        inputs.model.to(dtype)
+        loop = PatchLoop(LocalEngine(), inputs, spec)
+        found[dtype] = [loop.advance() for _ in range(3)]
+    for exact, rounded in zip(*found.values(), strict=True):
+        assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
+        assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+
+
 def test_training_lowers_every_term() -> None:
     mask = {"tau": 0.8, "remask_every": 3, "samples": 4}
     spec = patch_spec(
