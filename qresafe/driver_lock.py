@@ -29,6 +29,7 @@ from qresafe.leftovers import process_began
 
 PATIENCE = 0.5  # seconds; longer than `driver_of` takes to look at a lock
 LOCK, RECORD = ".driver.lock", ".driver.json"
+SETTLING = 0.5  # seconds between writing a record and believing that it is the last one
 RENEW_SECONDS = 30.0  # how often a driver renews its record on an object store
 STALE_SECONDS = 600.0  # not renewed for so long by the clocks: its host may be gone, too
 WATCH_SECONDS = 75.0  # ... and is, if it does not renew its record in two turns and a half
@@ -160,6 +161,7 @@ def _take(root: UPath) -> Driver:
         raise _refused(root)
     mine = Driver.here()
     write_text(root / RECORD, mine.model_dump_json())
+    time.sleep(SETTLING)  # who looked at the same time has written by then, and one of us is last
     found = driver_of(root)
     if found and (found.host, found.process, found.since) != (mine.host, mine.process, mine.since):
         raise _refused(root)  # it began at the same time, and wrote last

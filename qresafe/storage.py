@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -16,13 +17,18 @@ from qresafe.artifacts import Manifest, is_local
 from qresafe.errors import CorruptArtifactError, DataError
 from qresafe.integrity import damage
 
+# What file systems call what changes with a file: S3, Google, Azure, HTTP, memory, sftp.
+CHANGED = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "mtime", "created", "updated")
+
 
 def local_folder(folder: str | Path | UPath) -> Path:
     """Return a local folder with the content of `folder`, downloading it once if it is remote.
 
     Args:
         folder: A local path or any fsspec URL of a *finished* folder: a remote one is kept under
-            the cache by its URL, and fetched again if it is not as the stage's manifest says.
+            the cache by its URL, and fetched again if it is not as the stage's manifest says. A
+            folder that no stage has made, as a model's, is kept by its files' sizes and times
+            too: somebody may put another model there.
 
     Raises:
         CorruptArtifactError: The remote folder itself is damaged; its stage counts as unfinished
@@ -31,7 +37,8 @@ def local_folder(folder: str | Path | UPath) -> Path:
     source = UPath(folder)
     if is_local(source):
         return Path(str(source))
-    target = cache_folder() / hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    known = f"{source}{'' if _manifest(source) else _listing(source)}"
+    target = cache_folder() / hashlib.sha256(known.encode()).hexdigest()[:16]
     if target.exists() and _damage(source, target):
         shutil.rmtree(target)
     if not target.exists():
@@ -96,12 +103,29 @@ def _stage_of(source: UPath) -> UPath:
     return source if (source / "manifest.json").exists() else source.parent
 
 
+def _manifest(source: UPath) -> Manifest | None:
+    """Return the manifest of the stage that `source` is of; None: no stage has made it."""
+    try:
+        return Manifest.model_validate_json((_stage_of(source) / "manifest.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _listing(source: UPath) -> str:
+    """Return what tells whether a folder's files are still the same, without reading them."""
+    told = []
+    for path in sorted(source.rglob("*"), key=str):
+        if path.is_file():
+            info = path.fs.info(path.path)
+            changed = next((info[key] for key in CHANGED if info.get(key) is not None), "")
+            told.append([str(path), info.get("size"), str(changed)])
+    return json.dumps(told)
+
+
 def _damage(source: UPath, copy: Path) -> str:
     """Return what is wrong with the copy of a stage's folder; empty: nothing is known."""
-    stage = _stage_of(source)
-    try:
-        manifest = Manifest.model_validate_json((stage / "manifest.json").read_text())
-    except (FileNotFoundError, ValueError):  # a model's folder, which no stage has made
+    stage, manifest = _stage_of(source), _manifest(source)
+    if manifest is None:
         return ""
     inside = str(source)[len(str(stage)) :].lstrip("/")
     prefix = f"{inside}/" if inside else ""

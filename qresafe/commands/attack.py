@@ -13,7 +13,7 @@ from qresafe.commands.running import Arms, execute, share_cell, wanted
 
 if TYPE_CHECKING:
     from qresafe.artifacts import Artifact
-    from qresafe.stages.comparison import AttackCell, AttackResult
+    from qresafe.stages.comparison import AttackCell, AttackResult, Share
 
 SHOWN = 10  # configurations in the table
 
@@ -56,7 +56,7 @@ def _tell_measure(results: list[AttackResult], place: int) -> None:
     lines.sort(key=lambda cells: _badness(cells, asked.better), reverse=True)
     rows = [[_name(cells[0]), *(share_cell(cell.share) for cell in cells)] for cells in lines]
     if asked.better == "low":  # any success counts; any coherent answer would say nothing
-        rows.insert(0, ["any of them", *(share_cell(one.worst_case) for one in found)])
+        rows.insert(0, ["any of them", *(_any_of(one.worst_case) for one in found)])
     labels = [result.label for result in results]
     typer.echo(f"\n{asked.title}, % of {results[0].prompts} prompts: {asked.meaning}")
     table(["configuration", *labels], rows[: SHOWN + len(rows) - len(lines)])
@@ -66,6 +66,12 @@ def _tell_measure(results: list[AttackResult], place: int) -> None:
         typer.echo(f"\n{asked.title} with k tries, % of prompts")
         tried = [[_name(cells[0]), *_tries(cells)] for cells in lines[:SHOWN]]
         table(["configuration", "k", *labels], tried)
+
+
+def _any_of(share: Share) -> str:
+    from qresafe.stages.narrative import reached
+
+    return reached(share) if share.undecided else share_cell(share)
 
 
 def _badness(cells: Sequence[AttackCell], better: str) -> float:

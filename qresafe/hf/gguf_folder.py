@@ -18,6 +18,8 @@ from qresafe.storage import cache_folder
 
 MAGIC = b"GGUF"
 METHOD = "gguf"
+# Factors on the frequencies of rotary positions; transformers' table of tensors has none of them.
+STRETCHED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")  # as llama.cpp names the parts of one model
 
 
@@ -68,6 +70,7 @@ def check_gguf(file: Path) -> None:
 
     Raises:
         CorruptArtifactError: It is no GGUF file, of another version, or truncated.
+        ModelError: Its positions are stretched (Llama 3.1, Phi 3), which transformers drops.
     """
     from gguf import GGUFReader
 
@@ -76,10 +79,15 @@ def check_gguf(file: Path) -> None:
         if reader.read(4) != MAGIC:
             raise CorruptArtifactError("not a GGUF file", where=str(file), remedy=remedy)
     try:
-        GGUFReader(file)
+        tensors = GGUFReader(file).tensors
     except Exception as error:  # numpy, struct and the package's own, by where it is cut
         what = f"damaged GGUF file ({' '.join(str(error).split())[:120]})"
         raise CorruptArtifactError(what, where=str(file), remedy=remedy) from None
+    stretched = [one.name for one in tensors if one.name in STRETCHED and (one.data != 1).any()]
+    if stretched:
+        what = f"transformers leaves out how this model stretches its positions ({stretched[0]})"
+        remedy = "use a checkpoint in another format: it would answer unlike the file does"
+        raise ModelError(what, where=str(file), remedy=remedy)
 
 
 def unpacked(file: Path) -> Path:

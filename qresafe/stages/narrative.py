@@ -22,6 +22,19 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}\u202f%"
 
 
+def reached(any_of: Share) -> str:
+    """Return the share of prompts on which any try of several succeeded.
+
+    Where some are undecided it is a range. Those that are decided are no fair sample: a prompt
+    with a success always is, whatever becomes of its other tries.
+    """
+    asked = any_of.n + any_of.undecided
+    if not any_of.undecided:
+        return percent(any_of.share)
+    low, high = any_of.yes / asked, (any_of.yes + any_of.undecided) / asked
+    return f"{100 * low:.1f} to {percent(high)}"
+
+
 def points(change: float) -> str:
     """Return a change of a share in points, with its sign."""
     return f"{100 * change:+.1f}".replace("-", "−")

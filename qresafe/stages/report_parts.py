@@ -22,7 +22,7 @@ from qresafe.stages.measures import (
     OVER_REFUSAL,
     Measure,
 )
-from qresafe.stages.narrative import interval, percent
+from qresafe.stages.narrative import interval, percent, reached
 from qresafe.stages.plots import heat_plot
 from qresafe.stages.report_view import Panel, short
 
@@ -158,11 +158,11 @@ def _worst_row(
 ) -> tuple[str, str, str, str, str]:
     worst = worst_cell(cells)
     if worst is None:
-        return short(attack.label), framing, "–", "–", percent(any_of.share)
+        return short(attack.label), framing, "–", "–", reached(any_of)
     several = len({cell.framing for cell in cells}) > 1
     name = f"{worst.framing}, {worst.configuration}" if several else worst.configuration
     share = percent(worst.share.share)
-    return short(attack.label), framing, name, share, percent(any_of.share)
+    return short(attack.label), framing, name, share, reached(any_of)
 
 
 def worst_cell(cells: Sequence[AttackCell]) -> AttackCell | None:

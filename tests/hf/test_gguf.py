@@ -19,6 +19,7 @@ from transformers.integrations.gguf.kernels import dequantize_blocks
 
 from qresafe.errors import CorruptArtifactError, ModelError
 from qresafe.hf.checkpoint import QuantizedCheckpoint, load_dense
+from qresafe.hf.gguf_folder import check_gguf
 from qresafe.hf.models import load_model, load_tokenizer, resolve
 from qresafe.hf.writing import write_dense
 from qresafe.specs import ModelSpec
@@ -303,6 +304,24 @@ def test_parts_of_a_model_are_refused_and_a_single_part_is_whole(
     for path in (*parts, parts[0].parent):
         with pytest.raises(ModelError, match=r"one of 2 parts of a split .* llama-gguf-split"):
             resolve(ModelSpec(path=str(path)))
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, 8.0)])
+def test_positions_that_would_be_wrong_are_refused(
+    tmp_path: Path, factors: tuple[float, float]
+) -> None:
+    """Llama 3.1's file divides its lower frequencies, which transformers does not read."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if factors == (1.0, 1.0):
+        check_gguf(tmp_path / "m.gguf")
+        return
+    with pytest.raises(ModelError, match=r"stretches its positions \(rope_freqs\.weight\)"):
+        check_gguf(tmp_path / "m.gguf")
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qresafe.stages.comparison import (
     Share,
     Source,
 )
+from qresafe.stages.narrative import reached
 from qresafe.stages.report import ReportInput, render, report, tell
 from qresafe.stages.report_parts import (
     at_k,
@@ -189,6 +190,14 @@ def framed() -> AttackResult:
         configurations=["top_k 1", "top_k 50"],
         measures=[measure],
     )
+
+
+def test_undecided_prompts_make_a_worst_case_a_range() -> None:
+    """20 of 100 gave way and 39 might have: 20 to 59, and not the 33 of the 61 that are decided."""
+    low, high = wilson(20, 61)
+    found = Share(yes=20, n=61, share=20 / 61, low=low, high=high, undecided=39)
+    assert reached(found) == "20.0 to 59.0\u202f%"
+    assert reached(share(20, 100)) == "20.0\u202f%"
 
 
 def test_framings_and_tries_of_an_attack(given: tuple[Run, ReportInput]) -> None:
