@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,9 @@ class SnipScorer:
     """Adds up |delta_b^T x_b| of linear layers over the backward passes within a `with` block.
 
     The caller's loss must be a SUM over samples (a mean would scale them by the batch size), with
-    samples along the first dimension of the layers' inputs. Layers may be `nn.Linear` or have an
-    `effective_weight()`, and each is called once per forward pass. Their parameters need no
-    gradient inside the block, so no gradient buffer is made.
+    samples along the first dimension of the layers' inputs, or as `batch` was told. Layers may be
+    `nn.Linear` or have an `effective_weight()`, and each is called once per forward pass. Their
+    parameters need no gradient inside the block, so no gradient buffer is made.
 
     Memory: one block of a layer's gradient; the sums live in unlinked temporary files that the
     kernel writes back as it likes, unless all of them are smaller than `keep_bytes`.
@@ -63,6 +63,19 @@ class SnipScorer:
             for name, shape in shapes.items()
         }
         self._stack = ExitStack()
+        self._batch: _Batch | None = None
+
+    def batch(self, rows: int, owners: Tensor) -> None:
+        """Tell of the next forward pass, for layers that see its tokens in one long row.
+
+        Such are an output head of which only some positions are asked, and blocks that flatten
+        what they get (OPT's feed-forward layers).
+
+        Args:
+            rows: Of the batch.
+            owners: (N,) int64: which row each of the head's positions belongs to.
+        """
+        self._batch = _Batch(rows, owners)
 
     def __enter__(self) -> SnipScorer:
         for name, layer in self.layers.items():
@@ -93,7 +106,8 @@ class SnipScorer:
                 return output
             if not output.requires_grad:  # all before it is frozen: the graph starts here
                 output = output.detach().requires_grad_()
-            watched: Tensor = _Watched.apply(output, inputs[0].detach(), total, together)
+            seen = inputs[0].detach()
+            watched: Tensor = _Watched.apply(output, seen, total, together, self._batch)
             return watched
 
         return after_forward
@@ -106,16 +120,19 @@ class _Watched(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, total: Tensor, together: int) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, inputs: Tensor, total: Tensor, together: int, batch: _Batch | None
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.total, ctx.together = total, together
+        ctx.total, ctx.together, ctx.batch = total, together, batch
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,), (inputs,) = gradients, ctx.saved_tensors
-        _accumulate(ctx.total, _by_sample(inputs, ctx.together), _by_sample(gradient, ctx.together))
-        return gradient, None, None, None
+        x, delta = (_by_row(one, ctx.batch) for one in (inputs, gradient))
+        _accumulate(ctx.total, _by_sample(x, ctx.together), _by_sample(delta, ctx.together))
+        return gradient, None, None, None, None
 
 
 class SnipScores(Mapping[str, Tensor]):
@@ -145,6 +162,28 @@ class SnipScores(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sums)
+
+
+class _Batch(NamedTuple):
+    rows: int
+    owners: Tensor
+
+
+def _by_row(tensor: Tensor, batch: _Batch | None) -> Tensor:
+    """Return (rows, tokens, features) of a layer's input or gradient, whose rows may be joined."""
+    if batch is None or (tensor.ndim > 2 and len(tensor) == batch.rows):
+        return tensor
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    if len(flat) != len(batch.owners):
+        return flat.unflatten(0, (batch.rows, -1)) if len(flat) % batch.rows == 0 else tensor
+    owners = batch.owners.to(flat.device)
+    order = torch.argsort(owners, stable=True)
+    counts = torch.bincount(owners, minlength=batch.rows)
+    first = (counts.cumsum(0) - counts)[owners[order]]
+    place = torch.arange(len(flat), device=flat.device) - first
+    found = flat.new_zeros(batch.rows, int(counts.max()), flat.shape[-1])
+    found[owners[order], place] = flat[order]  # what is padded adds nothing
+    return found
 
 
 def _by_sample(rows: Tensor, together: int) -> Tensor:

@@ -93,6 +93,7 @@ def snip_scores(
     answers = 2 if spec.mask.loss == "dpo" else 1  # one loss compares both, so both are one sample
     with SnipScorer(layers, rows_per_sample=answers) as scorer:
         for batch, live in _micro_batches(rows, engine, spec.micro_batch_size):
+            scorer.batch(len(batch.ids), batch.positions // batch.ids.shape[1])
             logits = head.logits(model, batch.ids, batch.positions)
             (loss(logits, batch) * live).backward()
     scores = scorer.scores()

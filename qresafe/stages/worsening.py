@@ -108,6 +108,7 @@ def _fill(said: Any, answer: int) -> Any:
 def utility_worsening(
     baseline: ArmRows, candidate: ArmRows, wanted: str | None
 ) -> Worsening | None:
+    """Return the worsening by the utility that is wanted, or the first that says something."""
     for name in (wanted,) if wanted else UTILITIES:
         if name == "perplexity":
             found = _perplexity(baseline, candidate)

@@ -62,6 +62,51 @@ def _brute_force(model, ids):
     return totals
 
 
+class Joined(Toy):
+    """Its second layer gets all tokens in one row, its head some of them, as AnswerHead asks."""
+
+    def __init__(self, positions):
+        super().__init__()
+        self.positions = positions
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        flat = torch.tanh(self.up(hidden)).flatten(0, 1)
+        mixed = hidden + self.down(flat).unflatten(0, hidden.shape[:2])
+        return self.head(mixed.flatten(0, 1)[self.positions][None])
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_tokens_in_one_row_are_told_apart(ids, together):
+    """Two, one, no, and three positions of four rows; with pairs, rows 0 and 2 make a sample."""
+    torch.manual_seed(0)
+    owners = torch.tensor([0, 0, 1, 3, 3, 3])
+    columns = torch.tensor([1, 4, 2, 0, 3, 5])
+    rows = ids[:4, :-1]
+    model = Joined(owners * 6 + columns).double()
+    targets = ids[owners, columns + 1]
+
+    def losses():
+        logits = model(rows)[0]
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    expected = dict.fromkeys(NAMES, 0.0)
+    for sample in range(4 // together):
+        mine = torch.isin(owners, torch.arange(sample, 4, 4 // together))
+        model.zero_grad()
+        (losses() * mine).sum().backward()
+        for name in NAMES:
+            weight = model.get_submodule(name).weight
+            expected[name] = expected[name] + (weight * weight.grad).abs().detach()
+    layers = {name: model.get_submodule(name) for name in NAMES}
+    with SnipScorer(layers, rows_per_sample=together) as scorer:
+        scorer.batch(4, owners)
+        losses().sum().backward()
+    found = scorer.scores()
+    for name in NAMES:
+        torch.testing.assert_close(found[name], expected[name])
+
+
 def _pair_losses(model, ids):
     """A DPO-like loss of pairs: row s is compared with row s + pairs, (pairs,)."""
     chosen, rejected = _sample_losses(model, ids).chunk(2)
