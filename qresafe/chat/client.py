@@ -97,7 +97,8 @@ def send(client: Any, request: Mapping[str, Any]) -> Reply:
     """Return the answer to one request, or a reply that says why there is none.
 
     Raises:
-        ModelError: The key is refused: every other request would fail likewise.
+        ModelError: The key is refused, or the server is gone: every other request would fail
+            likewise, and rows of such an hour would be undecided for good.
     """
     import openai
 
@@ -109,6 +110,11 @@ def send(client: Any, request: Mapping[str, Any]) -> Reply:
     except (openai.AuthenticationError, openai.PermissionDeniedError):
         raise _refused_key(str(client.base_url)) from None
     except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if _is_gone(client, error):
+            remedy = "start the server and give the same command again: what was answered is kept"
+            raise ModelError(
+                "the server is gone", where=str(client.base_url), remedy=remedy
+            ) from None
         return Reply(error=_reason(error))
     if finish not in ("stop", "length") or text is None:
         return Reply(error=f"no answer: finish_reason {finish!r}")
@@ -119,6 +125,24 @@ def send(client: Any, request: Mapping[str, Any]) -> Reply:
         new_tokens=used.completion_tokens if used else 0,
         top=top,
     )
+
+
+def _is_gone(client: Any, error: Exception) -> bool:
+    """Return whether nothing is there any more; else the one request alone was at fault."""
+    import openai
+
+    lost = isinstance(error, openai.APIConnectionError)
+    if not lost or isinstance(error, openai.APITimeoutError):
+        return False
+    try:
+        client.with_options(timeout=CHECK_SECONDS, max_retries=1).models.list()
+    except openai.APITimeoutError:
+        return False
+    except openai.APIConnectionError:
+        return True
+    except (openai.APIError, ValueError):  # it answers, if not this
+        return False
+    return False
 
 
 def _first_token(choice: Any) -> dict[str, float] | None:
