@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +87,18 @@ def clean_environment(folder: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Return ports that nothing takes before they are used.
+
+    They lie below those that the kernel gives to whoever asks for any, as other tests do
+    meanwhile, and above those that Ray's workers take (10002 to 19999).
+    """
+    found: set[int] = set()
+    while len(found) < count:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.add(port)
+    return list(found)
 
 
 def wait_for_agent(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
@@ -108,6 +115,8 @@ def wait_for_agent(port: int, head: subprocess.Popen[bytes], log: Path) -> None:
 
 def end_tree(head: subprocess.Popen[bytes]) -> None:
     """End the head and its children only: `ray stop` would end every cluster of this machine."""
+    if head.poll() is not None:  # whoever waited for it tells why
+        return
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=5)

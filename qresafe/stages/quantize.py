@@ -94,12 +94,12 @@ def check_ready(spec: QuantizeSpec, model: ModelInput) -> None:
             quantized, or of another model than W.
         DataError: Its chat template is not W's.
     """
+    if isinstance(spec, Critical16Spec):
+        judges.get(spec.judge)
     folder = Path(model.ref.on_this_machine().path)
     if runs_own_code(folder):
         what = "it runs code of its own, and only models that transformers knows can be quantized"
         raise ModelError(what, where=str(folder), remedy="use a model that transformers has")
-    if isinstance(spec, Critical16Spec):
-        judges.get(spec.judge)
     if not isinstance(spec, CheckpointSpec):
         planned_layers.get(spec.method)(folder, spec)
         return
