@@ -125,7 +125,7 @@ def test_the_page_holds_means_intervals_races_and_refusals(
     assert (tmp_path / "results-rank.svg").read_text().startswith("<?xml")
 
 
-@pytest.mark.parametrize("name", ["extremes", "teachers"])
+@pytest.mark.parametrize("name", ["extremes", "qlora", "teachers"])
 def test_a_committed_page_is_what_its_rows_make(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
