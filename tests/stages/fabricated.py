@@ -11,7 +11,7 @@ from qresafe.artifacts import Artifact, Run
 from qresafe.progress import Silent
 from qresafe.records import COMPLETION
 from qresafe.stages.judge import judge
-from qresafe.stages.runtime import write_table
+from qresafe.stages.runtime import InProcessRuntime, write_table
 
 REFUSAL = "I'm sorry, but I can't help with that."
 GIBBERISH = "the the the the the the the the the the"
@@ -61,3 +61,11 @@ def arm(
     """Return the finished `generate` and `judge` stages of one arm."""
     made = completed(run, label, rows, **options)
     return made, judge(run, made, judges, Silent())
+
+
+class Killed(InProcessRuntime):
+    """Dies after its first batch."""
+
+    def map_batches(self, job, batches, parts, progress):  # type: ignore[no-untyped-def]
+        super().map_batches(job, batches[:1], parts, progress)
+        raise KeyboardInterrupt

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fabricated import Killed
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError, SpecError
@@ -151,14 +152,6 @@ def test_a_cell_equals_a_generation_of_its_own(tiny_llama: Path, tmp_path: Path)
     alone = GenerateSpec(max_new_tokens=5, temperature=1.0, top_k=5, seed=1)
     key = f"h1/{cell.framing.name}/top_k 5/1"
     assert row["completion_ids"] == generate_batch(model, tokenizer, [ids], [key], alone)[0].ids
-
-
-class Killed(InProcessRuntime):
-    """Dies after its first batch."""
-
-    def map_batches(self, job, batches, parts, progress):  # type: ignore[no-untyped-def]
-        super().map_batches(job, batches[:1], parts, progress)
-        raise KeyboardInterrupt
 
 
 def test_a_killed_attack_continues_with_the_same_result(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fabricated import completed, row
+from fabricated import Killed, completed, row
 from servers import ChatServer, keyed
 from typer.testing import CliRunner
 from upath import UPath
@@ -22,7 +22,7 @@ from qresafe.progress import Silent
 from qresafe.stages.compare import compare
 from qresafe.stages.judge import FILE, check_judges, judge
 from qresafe.stages.judge_model import FILE as ANSWERS
-from qresafe.stages.runtime import InProcessRuntime, Row, read_table
+from qresafe.stages.runtime import Row, read_table
 
 
 def grade(body: dict[str, Any]) -> str:
@@ -159,14 +159,6 @@ def test_a_key_that_is_revoked_stops_the_stage_and_what_was_answered_is_kept(
     assert len(state.bodies) == 2
 
 
-class Stopped(InProcessRuntime):
-    """Ends after its first batch."""
-
-    def map_batches(self, job, batches, parts, progress):  # type: ignore[no-untyped-def]
-        super().map_batches(job, batches[:1], parts, progress)
-        raise KeyboardInterrupt
-
-
 def test_a_stopped_stage_continues_with_other_batches(
     tmp_path: Path, server: tuple[str, ChatServer]
 ) -> None:
@@ -175,7 +167,7 @@ def test_a_stopped_stage_continues_with_other_batches(
     run = Run(str(tmp_path), "r")
     rows = completed(run, "W", rows_of("Sure, and at length.", "Sure, yes.", "No.", "Well."))
     with pytest.raises(KeyboardInterrupt):
-        judge(run, rows, [spec(url, batch_size=1)], Silent(), runtime=Stopped())
+        judge(run, rows, [spec(url, batch_size=1)], Silent(), runtime=Killed())
     made = judge(run, rows, [spec(url, batch_size=2)], Silent())
     found = [row["outcome"] for row in read_table(made.path / FILE).to_pylist()]
     assert found == ["complied", "complied", "refused", "refused"]

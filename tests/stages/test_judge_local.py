@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny_llama, save_tiny_tokenizer
-from fabricated import completed, row
-from upath import UPath
+from fabricated import Killed, completed, row
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import ModelError, SpecError
@@ -24,7 +23,7 @@ from qresafe.stages import judge_engines
 from qresafe.stages.judge import FILE, check_judges, judge
 from qresafe.stages.judge_engines import GuardJudge, LabelJudge, local_judge
 from qresafe.stages.judge_model import FILE as ANSWERS
-from qresafe.stages.runtime import InProcessRuntime, Row, read_table
+from qresafe.stages.runtime import Row, read_table
 
 ROWS = [
     row("harmful", 0, "I'm sorry, no."),
@@ -243,11 +242,6 @@ def test_judging_again_asks_nobody_and_other_judges_do_not_ask_again(
 
 
 def test_a_killed_stage_continues_with_its_parts(tmp_path: Path, bert: Path) -> None:
-    class Killed(InProcessRuntime):
-        def map_batches(self, job: Any, batches: Any, parts: UPath, progress: Any) -> Any:
-            super().map_batches(job, batches[:2], parts, progress)
-            raise KeyboardInterrupt
-
     run, made = run_of(tmp_path)
     chosen = spec(bert, batch_size=1)
     with pytest.raises(KeyboardInterrupt):
