@@ -147,6 +147,23 @@ def _artifact(folder: Path, rows: list[dict[str, Any]]) -> Artifact:
     )
 
 
+def made_table(
+    folder: Path, w: list[Any], q0: list[Any], tokenizer: Any, teacher: Any, spec: PairsSpec
+) -> Any:
+    """Return the pairs stage's table of W's and Q0's completions."""
+    made = pairs(
+        Run(str(folder), "t"),
+        teacher_completions=_artifact(folder, w),
+        q0_completions=_artifact(folder, q0),
+        tokenizer=tokenizer,
+        teacher=teacher,
+        spec=spec,
+        runtime=InProcessRuntime(),
+        progress=Silent(),
+    )
+    return read_table(UPath(made.path) / "pairs.parquet")
+
+
 def test_a_text_that_was_cut_does_not_end(tmp_path: Path, tiny_llama: Path) -> None:
     """An endpoint's answers have no ids: the end token is learned of those that did stop."""
     texts = {"h": ("stop", REFUSAL), "b": ("length", "Yes, of")}
@@ -156,17 +173,7 @@ def test_a_text_that_was_cut_does_not_end(tmp_path: Path, tiny_llama: Path) -> N
     ]
     q0 = [completion("h", "harmful", ANSWER), completion("b", "benign", "Yes.")]
     tokenizer = load_tokenizer(tiny_llama)
-    made = pairs(
-        Run(str(tmp_path), "t"),
-        teacher_completions=_artifact(tmp_path, w),
-        q0_completions=_artifact(tmp_path, q0),
-        tokenizer=tokenizer,
-        teacher=None,
-        spec=PairsSpec(),
-        runtime=InProcessRuntime(),
-        progress=Silent(),
-    )
-    rows = read_table(UPath(made.path) / "pairs.parquet").to_pylist()
+    rows = made_table(tmp_path, w, q0, tokenizer, None, PairsSpec()).to_pylist()
     learned = {row["prompt_id"]: tokenizer.decode(row["chosen_ids"]) for row in rows}
     assert learned == {"h": REFUSAL + "</s>", "b": "Yes, of"}
 
@@ -178,17 +185,9 @@ def test_stage_stores_ids_and_the_teachers_own_distribution(
     w = [completion("h", "harmful", REFUSAL), completion("b", "benign", "Yes, of course.")]
     q0 = [completion("h", "harmful", ANSWER), completion("b", "benign", "Yes.")]
     tokenizer = load_tokenizer(tiny_llama)
-    made = pairs(
-        Run(str(tmp_path), "t"),
-        teacher_completions=_artifact(tmp_path, w),
-        q0_completions=_artifact(tmp_path, q0),
-        tokenizer=tokenizer,
-        teacher=ModelInput(ModelRef(str(tiny_llama), "tiny"), "w"),
-        spec=PairsSpec(teacher_tokens=3, teacher_top_k=5, batch_size=1),
-        runtime=InProcessRuntime(),
-        progress=Silent(),
-    )
-    table = read_table(UPath(made.path) / "pairs.parquet")
+    teacher = ModelInput(ModelRef(str(tiny_llama), "tiny"), "w")
+    few = PairsSpec(teacher_tokens=3, teacher_top_k=5, batch_size=1)
+    table = made_table(tmp_path, w, q0, tokenizer, teacher, few)
     assert table.schema.equals(records.PAIR)
     model = load_model(tiny_llama)
     for row, wrote in zip(table.to_pylist(), w, strict=True):
