@@ -3,7 +3,7 @@
     python -m bench.ablations                          # every row with the seeds of its part
     python -m bench.ablations --only tau rank --seeds 0
     python -m bench.ablations --page                   # the page of the rows that are there
-    python -m bench.ablations --plan extremes          # or teachers: a plan and a page of its own
+    python -m bench.ablations --plan extremes          # qlora, teachers: a plan and page each
 
 Everything runs in this process and its children; a row that was measured is kept with the hardware
 that it ran on and its *.qpatch, and a run continues where one was stopped. All choices of the

@@ -37,15 +37,16 @@ def local_folder(folder: str | Path | UPath) -> Path:
     source = UPath(folder)
     if is_local(source):
         return Path(str(source))
-    known = f"{source}{'' if _manifest(source) else _listing(source)}"
+    manifest = _manifest(source)
+    known = f"{source}{'' if manifest else _listing(source)}"
     target = cache_folder() / hashlib.sha256(known.encode()).hexdigest()[:16]
-    if target.exists() and _damage(source, target):
+    if target.exists() and _damage(source, target, manifest):
         shutil.rmtree(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             copy_tree(source, UPath(scratch) / "folder")
-            if wrong := _damage(source, Path(scratch) / "folder"):
+            if wrong := _damage(source, Path(scratch) / "folder", manifest):
                 _stage_of(source).joinpath("DONE").unlink(missing_ok=True)
                 remedy = "run again: the stage that made it is repeated"
                 raise CorruptArtifactError(wrong, where=str(source), remedy=remedy)
@@ -122,12 +123,11 @@ def _listing(source: UPath) -> str:
     return json.dumps(told)
 
 
-def _damage(source: UPath, copy: Path) -> str:
+def _damage(source: UPath, copy: Path, manifest: Manifest | None) -> str:
     """Return what is wrong with the copy of a stage's folder; empty: nothing is known."""
-    stage, manifest = _stage_of(source), _manifest(source)
     if manifest is None:
         return ""
-    inside = str(source)[len(str(stage)) :].lstrip("/")
+    inside = str(source)[len(str(_stage_of(source))) :].lstrip("/")
     prefix = f"{inside}/" if inside else ""
     for name, digest in manifest.files.items():
         if name.startswith(prefix):

@@ -136,10 +136,8 @@ def _is_gone(client: Any, error: Exception) -> bool:
         return False
     try:
         client.with_options(timeout=CHECK_SECONDS, max_retries=1).models.list()
-    except openai.APITimeoutError:
-        return False
-    except openai.APIConnectionError:
-        return True
+    except openai.APIConnectionError as silence:
+        return not isinstance(silence, openai.APITimeoutError)
     except (openai.APIError, ValueError):  # it answers, if not this
         return False
     return False

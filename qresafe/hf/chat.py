@@ -31,8 +31,7 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None = None) -> list[i
     Raises:
         ModelError: The template fails.
     """
-    text = prompt_text(tokenizer, prompt, system)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return text_ids(tokenizer, prompt_text(tokenizer, prompt, system))
 
 
 def prompt_text(tokenizer: Any, prompt: str, system: str | None = None) -> str:
@@ -58,10 +57,14 @@ def continued_ids(tokenizer: Any, context: str, text: str) -> list[int]:
     Encoded alone it may begin otherwise: SentencePiece puts a space before it. Where the two
     cannot be told apart, because a token spans both, it is encoded alone.
     """
-    before = tokenizer.encode(context, add_special_tokens=False)
-    whole = tokenizer.encode(context + text, add_special_tokens=False)
+    before, whole = text_ids(tokenizer, context), text_ids(tokenizer, context + text)
     if whole[: len(before)] == before:
-        return list(whole[len(before) :])
+        return whole[len(before) :]
+    return text_ids(tokenizer, text)
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a text as it stands: what a template renders holds its own first token."""
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -75,13 +78,12 @@ def chat_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], li
         remedy = "end every chat in an assistant message"
         raise DataError("a chat has no final assistant message", remedy=remedy)
     context = render(tokenizer, list(messages[:-1]))
-    ids = list(tokenizer.encode(context, add_special_tokens=False))
-    return ids, answer_ids(tokenizer, context, messages[-1]["content"])
+    return text_ids(tokenizer, context), answer_ids(tokenizer, context, messages[-1]["content"])
 
 
 def render_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Return the ids of what `render` returns."""
-    return list(tokenizer.encode(render(tokenizer, messages), add_special_tokens=False))
+    return text_ids(tokenizer, render(tokenizer, messages))
 
 
 def render(tokenizer: Any, messages: list[Message]) -> str:

@@ -14,7 +14,7 @@ from qresafe.artifacts import Artifact, Run
 from qresafe.benchmarks.base import sources_of
 from qresafe.errors import DataError
 from qresafe.hf.batching import length_plan
-from qresafe.hf.chat import continued_ids, prompt_ids, prompt_text
+from qresafe.hf.chat import continued_ids, prompt_text, text_ids
 from qresafe.hf.models import context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.progress import Progress
@@ -185,10 +185,9 @@ def requests(
     for framing in dict.fromkeys(cell.framing for cell in tried):
         places = [place for place, cell in enumerate(tried) if cell.framing == framing]
         for prompt in prompts.to_pylist():
-            asked = framing.ask(prompt["prompt"])
-            begun = prompt_text(tokenizer, asked, framing.system)
-            prefill = continued_ids(tokenizer, begun, framing.prefill)
-            ids = [*prompt_ids(tokenizer, asked, framing.system), *prefill]
+            asked = prompt_text(tokenizer, framing.ask(prompt["prompt"]), framing.system)
+            prefill = continued_ids(tokenizer, asked, framing.prefill)
+            ids = [*text_ids(tokenizer, asked), *prefill]
             if context is not None and len(ids) + spec.max_new_tokens > context:
                 what = f"{len(ids)} tokens and {spec.max_new_tokens} of the answer exceed {context}"
                 where = f"prompt {prompt['prompt_id']!r} in framing {framing.name!r}"

@@ -69,7 +69,7 @@ class References:
     tokens: Any
 
     def of(self, rows: Any) -> References:
-        """Return those of completions `rows` (sorted indices)."""
+        """Return those of completions `rows` (indices), in their order."""
         kept = np.flatnonzero(np.isin(self.rows, rows))
         kept = kept[np.argsort(self.rows[kept], kind="stable")]
         return References(self.rows[kept], self.rouge[kept], self.logps[kept], self.tokens[kept])

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from qresafe.errors import DataError, ResourceError
 from qresafe.failure import is_out_of_memory
-from qresafe.hf.chat import continued_ids, prompt_ids, prompt_text, render_ids
+from qresafe.hf.chat import continued_ids, prompt_text, render_ids, text_ids
 from qresafe.hf.models import beside_the_codes, context_length, load_tokenizer
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.records import COMPLETION, PROMPT
@@ -131,8 +131,8 @@ def tokenize(model: ModelInput, prompts: Sequence[Row], spec: GenerateSpec) -> l
     context = context_length(ref.path, ref.trust_remote_code)
     rows = []
     for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt["prompt"], spec.system_prompt)
         asked = prompt_text(tokenizer, prompt["prompt"], spec.system_prompt)
+        ids = text_ids(tokenizer, asked)
         target = continued_ids(tokenizer, asked, prompt["target"] or "")
         follow_ups = prompt.get("follow_ups") or []
         before = _longest_prompt(tokenizer, prompt, spec) if follow_ups else len(ids)

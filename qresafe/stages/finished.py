@@ -38,7 +38,8 @@ def finished_arms(
     done = [mark.parent for mark in (root / "compare").glob("*/DONE")]
     newest = sorted(done, key=lambda folder: (folder / "DONE").stat().st_mtime, reverse=True)
     if spec is not None and newest:
-        newest = [folder for folder in newest if folder.name in _reported(root, spec)]
+        reported = _reported(root, spec)
+        newest = [folder for folder in newest if folder.name in reported]
         if not newest:
             remedy = "run the experiment with these settings, or give the run's folder instead"
             raise DataError("its reports are of other settings", where=str(root), remedy=remedy)

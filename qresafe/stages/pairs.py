@@ -16,7 +16,7 @@ from qresafe import records
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import DataError
 from qresafe.hf.batching import length_plan
-from qresafe.hf.chat import answer_ids, prompt_ids, prompt_text
+from qresafe.hf.chat import answer_ids, prompt_text, text_ids
 from qresafe.hf.warm import ModelInput, shelf
 from qresafe.progress import Progress
 from qresafe.records import REFUSALS
@@ -197,7 +197,7 @@ def tokenize(rows: list[Row], tokenizer: Any) -> None:
     """
     for row in rows:
         context = prompt_text(tokenizer, row["prompt"])
-        row["prompt_ids"] = prompt_ids(tokenizer, row["prompt"])
+        row["prompt_ids"] = text_ids(tokenizer, context)
         for name in ("chosen", "rejected"):
             if not row[f"{name}_ids"]:
                 ids = answer_ids(tokenizer, context, row[name])

@@ -14,13 +14,13 @@ from upath import UPath
 
 from qresafe.artifacts import Artifact, Run
 from qresafe.errors import CorruptArtifactError, DataError, ModelError
+from qresafe.hf.chat import prompt_ids
 from qresafe.hf.generate import sequence_logps
 from qresafe.hf.models import load_model, load_tokenizer, resolve
 from qresafe.hf.warm import ModelInput
 from qresafe.progress import Silent
 from qresafe.records import COMPLETION, PROMPT
 from qresafe.specs import GenerateSpec, ModelSpec
-from qresafe.stages import engines
 from qresafe.stages.generate import FILE, assemble, generate
 from qresafe.stages.runtime import (
     Batch,
@@ -85,7 +85,7 @@ def test_a_target_is_scored_once(tmp_path: Path, model: ModelInput, tiny_llama: 
     scored = [r for r in table.to_pylist() if r["target_logp"] is not None]
     assert [(r["prompt_id"], r["sample"], r["target_tokens"]) for r in scored] == [("p2", 0, 3)]
     tokenizer = load_tokenizer(tiny_llama)
-    ids = engines.prompt_ids(tokenizer, "word word word 2", None)
+    ids = prompt_ids(tokenizer, "word word word 2", None)
     target = tokenizer.encode("yes", add_special_tokens=False)
     alone, _ = sequence_logps(load_model(tiny_llama), [ids], [target])
     assert scored[0]["target_logp"] == pytest.approx(alone.item(), abs=1e-4)
