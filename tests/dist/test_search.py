@@ -16,7 +16,15 @@ from qresafe.errors import ResourceError, UserError
 from qresafe.presets import load_experiment
 from qresafe.progress import Silent
 from qresafe.search_spec import load_search
-from qresafe.stages.search.folder import BEST, FRONT, REPORT, STOPPED, TRIALS, search_folder
+from qresafe.stages.search.folder import (
+    BEST,
+    CONFIRMATION,
+    FRONT,
+    REPORT,
+    STOPPED,
+    TRIALS,
+    search_folder,
+)
 from qresafe.stages.search.ledger import Ledger
 from tests.tiny_search import searched, untimed, write_space
 
@@ -44,8 +52,11 @@ def test_the_results_of_a_search(tmp_path: Path, tiny_llama: Path) -> None:
                          strict=True):  # fmt: skip
         manifest = json.loads((run.folder("patch", key) / "manifest.json").read_text())
         assert manifest["spec"]["rank"] == rank
-    # A search that is finished costs nothing, and writes the same table.
+    # A search that is finished costs nothing, and writes the same table. A confirmation that an
+    # earlier session left is of that session's winner.
+    (folder / CONFIRMATION).write_text("of another winner")
     assert searched(path)[1].equals(table)
+    assert not (folder / CONFIRMATION).exists()
 
 
 @pytest.mark.long
